@@ -1,0 +1,174 @@
+"""Configurations: validated, frozen, from YAML, the command line or a run's parameters, and back to YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from annotated_types import Ge, Le
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+
+
+class DemoError(Exception):
+    """Something the user can mend; the message is one sentence that says what is wrong and what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Show only the sentence in a notebook: IPython asks for this method before it prints a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ConfigError(DemoError):
+    """A configuration has an unknown field, a value of the wrong type or one out of range."""
+
+
+class Settings(BaseSettings):
+    """Where this machine keeps things, from `DEMO_*` environment variables; never part of a run's configuration."""
+
+    model_config = SettingsConfigDict(env_prefix="DEMO_", frozen=True)
+
+    home: AbsolutePath = Field(ROOT, description="folder that holds store/, data/ and build/")
+    data_dir: AbsolutePath | None = Field(None, description="folder with the four Fashion-MNIST files, looked in first")
+    download: bool = Field(True, description="whether the data may be downloaded when it is not on this machine")
+    ui_port: int = Field(5050, ge=1, le=65535, description="port of the MLflow UI (5000 is AirPlay's on macOS)")
+    batch_id: str = Field("", description="set by the batch run for the lessons that it starts")
+
+
+def settings() -> Settings:
+    """Read the settings from the environment now.
+
+    Raises:
+        ConfigError: a `DEMO_*` variable has a value of the wrong type.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError(_sentence(Settings, error, prefix="DEMO_")) from None
+
+
+def tracking_uri() -> str:
+    """Return the address of the store: `MLFLOW_TRACKING_URI`, else the SQLite file; SQLite paths made absolute."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(settings().home / "store" / "mlflow.db")
+    database = sqlite_file(uri)
+    return uri if database is None else sqlite_uri(database)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the absolute path of a SQLite store, None for any other address."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def sqlite_uri(database: Path) -> str:
+    """Return the address of a SQLite store."""
+    return f"sqlite:///{database.as_posix()}"
+
+
+class Config(BaseModel):
+    """Base of the configurations: frozen, no unknown fields, every error one sentence."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise ConfigError(_sentence(cls, error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+        """Read a YAML file of `name: value` lines; `overrides` win over the file.
+
+        Raises:
+            ConfigError: the file can't be read, is not a mapping, or holds a bad name or value.
+        """
+        return cls(**{**read_yaml(path), **overrides})
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, str]) -> Self:
+        """Rebuild the configuration from the parameters logged with a run; others than this class's are left out."""
+        return cls(**{name: value for name, value in params.items() if name in cls.model_fields})
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the configuration as YAML that papermill's `-f` accepts, and write it to `path` if given."""
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+
+class TrainConfig(Config):
+    """One training run. The defaults are the quick ones: seconds on a laptop's CPU."""
+
+    train_images: int = Field(12_000, ge=200, le=60_000, description="images to train and validate on, at most")
+    epochs: int = Field(2, ge=1, le=100, description="passes over the training images")
+    batch_size: int = Field(128, ge=8, le=4096, description="images per optimizer step")
+    learning_rate: float = Field(0.008, ge=1e-6, le=1.0, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's weight decay")
+    channels: int = Field(16, ge=4, le=128, description="width of the first convolution, others 2 to 6 times as wide")
+    dropout: float = Field(0.0, ge=0, le=0.9, description="share of features dropped before the last layer")
+    flip: bool = Field(False, description="mirror half of the training images, drawn anew each epoch")
+    log_every: int = Field(10, ge=1, le=10_000, description="optimizer steps between two logged losses")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seeds splits, weights, batches and dropout")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes the fastest there is")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of `name: value` lines.
+
+    Raises:
+        ConfigError: the file can't be read or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read ({error}); name an existing YAML file.") from None
+    except yaml.YAMLError as error:
+        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise ConfigError(f"{path} is not valid YAML{where}; write one `name: value` a line.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"{path} must hold one `name: value` a line, not a {type(values).__name__}.")
+    return values
+
+
+def _sentence(cls: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
+    """Turn the errors of a model into one sentence each, naming field, value and allowed range."""
+    return " ".join(_explain_one(cls, detail, prefix) for detail in error.errors())
+
+
+def _explain_one(cls: type[BaseModel], detail: Mapping[str, Any], prefix: str) -> str:
+    name = str(detail["loc"][0])
+    field = cls.model_fields.get(name)
+    if field is None:
+        return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}."
+    label = f"{prefix}{name.upper()}" if prefix else name
+    return f"{label} = {detail['input']!r} is not allowed: it must be {allowed(field)}."
+
+
+def allowed(field: FieldInfo) -> str:
+    """Say in words which values a field takes, e.g. `a whole number from 1 to 100`."""
+    choices = getattr(field.annotation, "__args__", None)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "one of " + ", ".join(choices)
+    kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(field.annotation, "a valid value")
+    low = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
+    high = next((bound.le for bound in field.metadata if isinstance(bound, Le)), None)
+    return kind if low is None else f"{kind} from {low} to {high}"

@@ -1,0 +1,428 @@
+"""MLflow tracking: connect, provenance, runs that end truthfully, batched metrics, models, links into the UI."""
+
+from __future__ import annotations
+
+import copy
+import html
+import os
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from demo_lib.config import ROOT, DemoError, TrainConfig, settings, sqlite_file, sqlite_uri, tracking_uri
+
+import git
+import mlflow
+import psutil
+import requests
+from filelock import FileLock
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Experiment, Metric, Run, ViewType
+from mlflow.models.model import ModelInfo
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
+from mlflow.utils.rest_utils import http_request
+from tqdm import tqdm
+
+PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
+
+
+# PyTorch takes seconds to load and the batch run tracks without it: the functions that need it import it.
+if TYPE_CHECKING:
+    from demo_lib.data import FashionData
+
+    from torch import Tensor, nn
+
+
+class TrackingError(DemoError):
+    """The tracking store can't be reached or used."""
+
+
+def connect(experiment: str) -> Experiment:
+    """Choose the tracking store, make the experiment the active one, close runs that died, and return the experiment.
+
+    The store is `MLFLOW_TRACKING_URI` if set, else SQLite with artifacts beside it in the folder `store/`. A new
+    SQLite store is made by one process while the others wait; a server is asked once before anything is logged.
+
+    Raises:
+        TrackingError: the server doesn't answer, or the store or the experiment can't be used.
+    """
+    uri = tracking_uri()
+    location = None
+    if (database := sqlite_file(uri)) is not None:
+        location = _artifact_root(database) / experiment
+        _create_store(uri, database)
+    elif uri.startswith("http"):
+        _ask_server(uri)
+    mlflow.set_tracking_uri(uri)
+    found = _get_or_create(experiment, location.as_uri() if location else None)
+    mlflow.set_experiment(experiment_id=found.experiment_id)
+    close_stale_runs([found.experiment_id])
+    return found
+
+
+def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
+    """Return the tags that say where a run came from: source, commit, versions, data, device, seed, process.
+
+    The source is the connected lesson's notebook, or the command line. Parts that are unknown are left out.
+    """
+    tags = {f"{package}_version": version(package) for package in PACKAGES}
+    tags |= {"python_version": platform.python_version(), "process": _this_process()}
+    tags |= _source() | _commit()
+    if data is not None:
+        tags |= {"data_source": data.source, "data_digest": data.digest}
+    if config is not None:
+        from demo_lib.training import pick_device
+
+        import torch
+
+        tags |= {"device": str(pick_device(config)), "seed": str(config.seed)}
+        tags |= {"cpu_threads": str(torch.get_num_threads())}
+    if batch_id := settings().batch_id:
+        tags["batch_id"] = batch_id
+    return tags
+
+
+@contextmanager
+def truthful_status() -> Iterator[None]:
+    """End the active run with the status that tells what happened; use it in the `with` that starts the run.
+
+    Ctrl-C and SIGTERM end it KILLED (MLflow alone says FAILED, or leaves it RUNNING); any other exception ends it
+    FAILED with the error in the tag `error`. The exception goes on, and SIGTERM still ends the process.
+    """
+    run = mlflow.active_run()
+    if run is None:
+        raise TrackingError("truthful_status() needs an active run: start one before it in the same `with`.")
+    try:
+        with _sigterm_raised():
+            yield
+    except (KeyboardInterrupt, SystemExit, _Terminated) as error:
+        _close_down_to(run, "KILLED", error)
+        if isinstance(error, _Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    except BaseException as error:
+        _close_down_to(run, "FAILED", error)
+        raise
+
+
+@contextmanager
+def batched_metrics(seconds: float = 2.0, size: int = 500) -> Iterator[Callable[..., None]]:
+    """Give a stand-in for `mlflow.log_metrics` that sends the active run's metrics in batches, all of them at the end.
+
+    A batch goes out after `seconds` or at `size` metrics, whichever comes first, so that the UI stays live.
+    """
+    run_id, pending = mlflow.active_run().info.run_id, []
+    client, sent = MlflowClient(), time.monotonic()
+
+    def flush() -> None:
+        nonlocal sent
+        while pending:
+            client.log_batch(run_id, metrics=pending[:1000])  # MLflow's limit for one call
+            del pending[:1000]
+        sent = time.monotonic()
+
+    def log_metrics(metrics: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        pending.extend(Metric(key, value, now, step) for key, value in metrics.items())
+        if len(pending) >= size or time.monotonic() - sent > seconds:
+            flush()
+
+    try:
+        yield log_metrics
+    finally:
+        flush()
+
+
+def log_model(model: nn.Module, name: str, example: Tensor, **kwargs: Any) -> ModelInfo:
+    """Log the model with its signature, an input example and pinned requirements, and return what MLflow made of it.
+
+    `example` holds at least two images, float32 of shape (B, 1, 28, 28): torch.export freezes a batch of one.
+    """
+    import torch
+
+    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
+    requirements = [f"{package}=={version(package)}" for package in ("torch", "torchvision", "mlflow")]
+    return mlflow.pytorch.log_model(
+        model, name=name, input_example=example.numpy(), pip_requirements=requirements, **kwargs
+    )
+
+
+def train(config: TrainConfig) -> Run:
+    """Do in one tracked run of the experiment `train` what lesson 01 does step by step, and return the run.
+
+    Logs parameters, metrics, both datasets, a model summary, and the best and the last model; the best one, chosen on
+    the validation split, is scored once on the test split.
+    """
+    from demo_lib.data import batches, load_data
+    from demo_lib.model import build_model, summarize
+    from demo_lib.training import evaluate, fit, total_steps
+
+    connect("train")
+    data = load_data(config)
+    print(data)
+    model = build_model(config)
+    with (
+        mlflow.start_run(tags=provenance(data, config)) as run,
+        truthful_status(),
+        batched_metrics() as log_metrics,
+        tqdm(total=total_steps(data, config), unit="step", disable=None) as bar,
+    ):
+        mlflow.log_params(config.model_dump())
+        mlflow.log_text(summarize(model), "model_summary.txt")
+        log_datasets(data)
+        best, started = {}, time.perf_counter()
+        for record in fit(model, data, config):
+            log_metrics(record.metrics, step=record.step)
+            bar.update(record.step - bar.n)
+            bar.set_postfix({name: f"{value:.4f}" for name, value in record.metrics.items() if "loss" in name})
+            best = record.weights or best
+        log_metrics({"fit_seconds": time.perf_counter() - started}, step=record.step)
+        example = next(batches(data.test, 2))[0]
+        log_model(model, "last_model", example, step=record.step)
+        model.load_state_dict(best)
+        log_model(model, "best_model", example, step=record.step)
+        test = {f"test_{name}": value for name, value in evaluate(model, data.test).items()}
+        log_metrics(test, step=record.step)
+    return mlflow.get_run(run.info.run_id)
+
+
+def log_datasets(data: FashionData) -> None:
+    """Link the active run to the training and validation images it uses, with their digests."""
+    from torchvision.datasets import FashionMNIST
+
+    for context, split in {"training": data.train, "validation": data.validation}.items():
+        dataset = mlflow.data.from_numpy(
+            split.images.numpy(), targets=split.labels.numpy(), name=data.name, source=FashionMNIST.mirrors[0]
+        )
+        mlflow.log_input(dataset, context=context)
+
+
+@dataclass(frozen=True)
+class Link:
+    """An address that a notebook shows as a link and a terminal as text."""
+
+    url: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def _repr_html_(self) -> str:
+        return f'<a href="{html.escape(self.url)}" target="_blank" rel="noopener">{html.escape(self.text)}</a>'
+
+
+def ui_link(of: Run | Experiment) -> Link:
+    """Return the link to the run's or the experiment's page in the MLflow UI.
+
+    `workflowType` is needed: without it a fresh browser opens the page for generative AI.
+    """
+    uri = tracking_uri()
+    parts = urlsplit(uri)
+    base = f"http://127.0.0.1:{settings().ui_port}"
+    if parts.scheme.startswith("http"):
+        base = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    if isinstance(of, Run):
+        page, text = f"{of.info.experiment_id}/runs/{of.info.run_id}", f"run {of.info.run_name} in the MLflow UI"
+    else:
+        page, text = f"{of.experiment_id}/runs", f"experiment {of.name} in the MLflow UI"
+    return Link(f"{base}/#/experiments/{page}?workflowType=machine_learning", text)
+
+
+def port_user(port: int) -> str:
+    """Say who listens on this machine's port: `mlflow`, `other` or `nobody`."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        if probe.connect_ex(("127.0.0.1", port)) != 0:
+            return "nobody"
+    try:
+        return (
+            "mlflow"
+            if requests.get(f"http://127.0.0.1:{port}/version", timeout=2).text == mlflow.__version__
+            else "other"
+        )
+    except requests.RequestException:
+        return "other"
+
+
+def serve_ui(port: int) -> int:
+    """Serve the MLflow UI on the local store until Ctrl-C, and return the exit code.
+
+    Raises:
+        TrackingError: the port is in use, or the runs are on a server that has its own UI.
+    """
+    uri = tracking_uri()
+    if uri.startswith("http"):
+        raise TrackingError(f"the runs are on a server: open {uri} in a browser.")
+    if (user := port_user(port)) != "nobody":
+        what = "The MLflow UI already runs there" if user == "mlflow" else "Another program listens there"
+        raise TrackingError(f"port {port} is in use. {what}: open http://127.0.0.1:{port} or choose another --port.")
+    database = sqlite_file(uri)
+    options = []
+    if database is not None:
+        _create_store(uri, database)
+        options = ["--artifacts-destination", str(_artifact_root(database))]
+    print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
+    # One worker and no job runner: two processes instead of a dozen.
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return subprocess.call([*command, "--backend-store-uri", uri, *options], env=environment)
+
+
+def close_stale_runs(experiment_ids: list[str]) -> list[str]:
+    """End as KILLED the runs left RUNNING by processes of this machine that are gone, and return their ids."""
+    client = MlflowClient()
+    unfinished = f"attributes.status = 'RUNNING' AND tags.process LIKE '{socket.gethostname()}:%'"
+    closed = []
+    for run in client.search_runs(experiment_ids, unfinished, ViewType.ALL):
+        if not _is_alive(run.data.tags["process"]):
+            client.set_tag(run.info.run_id, "error", "its process ended without closing the run")
+            client.set_terminated(run.info.run_id, "KILLED")
+            closed.append(run.info.run_id)
+    return closed
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised so that `with` blocks and generators end before the process does."""
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _close_down_to(run: Run, status: str, error: BaseException) -> None:
+    """End the run, and the runs nested in it that are still open, as `status`."""
+    text = f"{type(error).__name__.lstrip('_')}: {error}".rstrip(": ")
+    MlflowClient().set_tag(run.info.run_id, "error", text[:5000])
+    while (active := mlflow.active_run()) is not None:
+        mlflow.end_run(status)
+        if active.info.run_id == run.info.run_id:
+            return
+
+
+def _source() -> dict[str, str]:
+    experiment = MlflowClient().get_experiment(mlflow.tracking.fluent._get_experiment_id())
+    notebook = ROOT / "notebooks" / f"{experiment.name}.ipynb"
+    if notebook.is_file():
+        return {MLFLOW_SOURCE_NAME: f"notebooks/{notebook.name}", MLFLOW_SOURCE_TYPE: "NOTEBOOK"}
+    return {MLFLOW_SOURCE_NAME: " ".join(sys.argv), MLFLOW_SOURCE_TYPE: "LOCAL"}
+
+
+def _commit() -> dict[str, str]:
+    try:
+        repository = git.Repo(ROOT)
+        return {MLFLOW_GIT_COMMIT: repository.head.commit.hexsha, "git_dirty": str(repository.is_dirty()).lower()}
+    except (git.exc.GitError, ValueError, OSError):  # no repository, no commit yet, no git, or not ours to read
+        return {}
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+
+
+def _is_alive(process: str) -> bool:
+    """Whether the `host:pid:start` of a run's tag still runs here; the start tells it from a later reuse of the pid."""
+    _, pid, start = process.rsplit(":", 2)
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - float(start)) < 2
+    except (psutil.Error, ValueError):
+        return False
+
+
+def _artifact_root(database: Path) -> Path:
+    return database.parent / "artifacts"
+
+
+def _create_store(uri: str, database: Path) -> None:
+    """Make the database under another name and rename it: a store is there whole or not at all.
+
+    MLflow's own first start migrates step by step, and processes that start together break each other's migrations.
+    """
+    if database.exists():
+        return
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(database.with_name(f".{database.name}.lock")):
+            if not database.exists():
+                partial = database.with_name(f".{database.name}.partial")
+                partial.unlink(missing_ok=True)
+                SqlAlchemyStore(sqlite_uri(partial), _artifact_root(database).as_uri())._dispose_engine()
+                partial.replace(database)
+    except OSError as error:
+        raise TrackingError(
+            f"the store {database} can't be made ({error.strerror}): set DEMO_HOME or MLFLOW_TRACKING_URI to a place "
+            "that can be written."
+        ) from None
+
+
+def _ask_server(uri: str) -> None:
+    """Ask once, for 4 s at most: with MLflow's default retries a wrong address takes minutes to fail."""
+    shown = urlsplit(uri)._replace(netloc=urlsplit(uri).netloc.rpartition("@")[2]).geturl()
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "POST",
+            max_retries=0,
+            timeout=4,
+            raise_on_status=False,
+            json={"max_results": 1},
+        )
+    except MlflowException:
+        raise TrackingError(
+            f"no MLflow server answers at {shown}: start it, or correct or unset MLFLOW_TRACKING_URI."
+        ) from None
+    if answer.status_code in (401, 403):
+        raise TrackingError(
+            f"the server at {shown} refuses you ({answer.status_code}): set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, and ask who runs it whether this host name is allowed."
+        )
+    if answer.status_code != 200:
+        raise TrackingError(
+            f"{shown} answers {answer.status_code} and is no MLflow server: correct MLFLOW_TRACKING_URI."
+        )
+
+
+def _get_or_create(name: str, location: str | None) -> Experiment:
+    client = MlflowClient()
+    try:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                found = client.get_experiment(client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(name)  # another process was faster
+    except MlflowException as error:
+        raise TrackingError(f"the store {tracking_uri()} can't be used: {error.message}") from None
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name!r} was deleted: restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`."
+        )
+    return found
