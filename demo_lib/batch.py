@@ -60,7 +60,7 @@ class Job:
     def start_kernel(self, environment: Mapping[str, str]) -> None:
         """Start a kernel of our own, which can be interrupted, unless there is one; papermill's can't be reached."""
         if self.kernel is None:
-            kernel = KernelManager(kernel_name=KERNEL)
+            kernel = KernelManager(kernel_name=KERNEL, transport_encryption="auto")
             no_history = ["--HistoryManager.hist_file=:memory:"]
             kernel.start_kernel(env=dict(environment), cwd=str(self.notebook.parent), extra_arguments=no_history)
             self.kernel = kernel
@@ -187,7 +187,7 @@ def _run_tracked(jobs: Sequence[Job], workers: int, environment: Mapping[str, st
 
 def _run_child(job: Job, parent: Run, environment: Mapping[str, str], bar: tqdm) -> None:
     """Run one lesson as a child run of the batch that ends with the lesson's status."""
-    from demo_lib.tracking import close_stale_runs
+    from demo_lib.tracking import close_stale_runs, provenance
 
     from mlflow import MlflowClient
     from mlflow.entities import Param
@@ -196,7 +196,7 @@ def _run_child(job: Job, parent: Run, environment: Mapping[str, str], bar: tqdm)
     if job.interrupted:
         return
     client = MlflowClient()
-    tags = parent.data.tags | {MLFLOW_PARENT_RUN_ID: parent.info.run_id}
+    tags = provenance() | {"batch_id": environment["DEMO_BATCH_ID"], MLFLOW_PARENT_RUN_ID: parent.info.run_id}
     child = client.create_run(parent.info.experiment_id, run_name=job.lesson, tags=tags).info.run_id
     try:
         client.log_batch(child, params=[Param(name, str(value)) for name, value in job.params.items()])

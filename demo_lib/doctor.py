@@ -114,4 +114,4 @@ def _cores() -> tuple[bool, str]:
     import torch
 
     device, threads = pick_device(TrainConfig()), torch.get_num_threads()
-    return True, f"{os.cpu_count()} cores; PyTorch trains on {device} with {threads} threads"
+    return True, f"{os.cpu_count()} cores; PyTorch trains on {device} with {threads} thread{'s'[: threads - 1]}"

@@ -151,9 +151,7 @@ def log_model(model: nn.Module, name: str, example: Tensor, **kwargs: Any) -> Mo
 
     `example` holds at least two images, float32 of shape (B, 1, 28, 28): torch.export freezes a batch of one.
     """
-    import torch
-
-    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
+    model = copy.deepcopy(model).cpu().eval()
     requirements = [f"{package}=={version(package)}" for package in ("torch", "torchvision", "mlflow")]
     return mlflow.pytorch.log_model(
         model, name=name, input_example=example.numpy(), pip_requirements=requirements, **kwargs
@@ -168,7 +166,7 @@ def train(config: TrainConfig) -> Run:
     """
     from demo_lib.data import batches, load_data
     from demo_lib.model import build_model, summarize
-    from demo_lib.training import evaluate, fit, total_steps
+    from demo_lib.training import count_records, evaluate, fit
 
     connect("train")
     data = load_data(config)
@@ -178,16 +176,13 @@ def train(config: TrainConfig) -> Run:
         mlflow.start_run(tags=provenance(data, config)) as run,
         truthful_status(),
         batched_metrics() as log_metrics,
-        tqdm(total=total_steps(data, config), unit="step", disable=None) as bar,
     ):
         mlflow.log_params(config.model_dump())
         mlflow.log_text(summarize(model), "model_summary.txt")
         log_datasets(data)
         best, started = {}, time.perf_counter()
-        for record in fit(model, data, config):
+        for record in tqdm(fit(model, data, config), total=count_records(data, config), disable=None):
             log_metrics(record.metrics, step=record.step)
-            bar.update(record.step - bar.n)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in record.metrics.items() if "loss" in name})
             best = record.weights or best
         log_metrics({"fit_seconds": time.perf_counter() - started}, step=record.step)
         example = next(batches(data.test, 2))[0]
@@ -329,7 +324,10 @@ def _source() -> dict[str, str]:
     notebook = ROOT / "notebooks" / f"{experiment.name}.ipynb"
     if notebook.is_file():
         return {MLFLOW_SOURCE_NAME: f"notebooks/{notebook.name}", MLFLOW_SOURCE_TYPE: "NOTEBOOK"}
-    return {MLFLOW_SOURCE_NAME: " ".join(sys.argv), MLFLOW_SOURCE_TYPE: "LOCAL"}
+    program, *arguments = sys.argv
+    if Path(program).name == "__main__.py":
+        program = f"python -m {Path(program).parent.name}"
+    return {MLFLOW_SOURCE_NAME: " ".join([program, *arguments]), MLFLOW_SOURCE_TYPE: "LOCAL"}
 
 
 def _commit() -> dict[str, str]:

@@ -42,9 +42,11 @@ def pick_device(config: TrainConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def total_steps(data: FashionData, config: TrainConfig) -> int:
-    """Return the number of optimizer steps of a whole fit."""
-    return config.epochs * -(-len(data.train) // config.batch_size)
+def count_records(data: FashionData, config: TrainConfig) -> int:
+    """Return how many records `fit` yields: for a progress bar."""
+    per_epoch = _steps_per_epoch(data, config)
+    logged = {*range(config.log_every, config.epochs * per_epoch, config.log_every)}
+    return len(logged | {epoch * per_epoch for epoch in range(1, config.epochs + 1)})
 
 
 def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Record]:
@@ -59,24 +61,27 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
     train, validation = data.train.to(device), data.validation.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout draws from the global generator
-    steps = total_steps(data, config)
+    steps_per_epoch = _steps_per_epoch(data, config)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps, anneal_strategy="linear")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, config.epochs * steps_per_epoch, anneal_strategy="linear"
+    )
     step, losses, best = 0, [], -1.0
     for epoch in range(1, config.epochs + 1):
-        last_step = epoch * steps // config.epochs
         for images, labels in batches(train, config.batch_size, generator, flip=config.flip):
+            learning_rate = schedule.get_last_lr()[0]
             losses.append(_train_step(model, images, labels, optimizer, schedule))
             step += 1
-            if step % config.log_every == 0 and step != last_step:
+            if step % config.log_every == 0 and step % steps_per_epoch:
                 yield Record(step, epoch, {"train_loss": _mean(losses)})
         metrics = {f"val_{name}": value for name, value in evaluate(model, validation).items()}
-        metrics |= {"train_loss": _mean(losses), "learning_rate": schedule.get_last_lr()[0]}
+        metrics |= {"train_loss": _mean(losses), "learning_rate": learning_rate}
         is_best = metrics["val_accuracy"] > best
         best = max(best, metrics["val_accuracy"])
         yield Record(step, epoch, metrics, _copy_weights(model) if is_best else None)
+    model.to(memory_format=torch.contiguous_format)  # torch.export warns of any other
 
 
 def evaluate(model: nn.Module, split: Split) -> dict[str, float]:
@@ -101,6 +106,10 @@ def predict(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
     )
     model.train(was_training)
     return logits
+
+
+def _steps_per_epoch(data: FashionData, config: TrainConfig) -> int:
+    return -(-len(data.train) // config.batch_size)
 
 
 def _train_step(model, images, labels, optimizer, schedule) -> Tensor:

@@ -1,0 +1,102 @@
+"""Fixtures for all tests: a home of their own, a ready-made empty store, no downloads."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
+
+# One thread a process: the tests run in parallel, and PyTorch's threads would fight over the cores.
+os.environ |= {"DEMO_DOWNLOAD": "false", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TQDM_DISABLE": ""}
+for name in ("MLFLOW_TRACKING_URI", "DEMO_DATA_DIR", "DEMO_BATCH_ID", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory, worker_id) -> Path:
+    """A folder that all test processes share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def template(shared) -> Path:
+    """A home with an empty store and the data that this machine has, made once: both take seconds to make."""
+    home = shared / "template"
+    with FileLock(shared / "template.lock"):
+        if not (home / "ready").exists():
+            code = "import demo_lib.data, demo_lib.tracking as t; t.connect('template'); demo_lib.data.load_data()"
+            subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"DEMO_HOME": str(home)})
+            (home / "ready").touch()
+    return home
+
+
+@pytest.fixture
+def home(template, tmp_path, monkeypatch) -> Path:
+    """An own home with an empty store, and the data linked."""
+    import mlflow
+
+    folder = tmp_path / "home"
+    (folder / "store").mkdir(parents=True)
+    shutil.copy(template / "store" / "mlflow.db", folder / "store" / "mlflow.db")
+    (folder / "data").symlink_to(template / "data")
+    monkeypatch.setenv("DEMO_HOME", str(folder))
+    yield folder
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def cli(home):
+    """Run `python -m demo_lib` in the home, and return the finished process with its output."""
+
+    def call(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "demo_lib", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=os.environ | environment,
+            timeout=280,
+            cwd=home,
+        )
+
+    return call
+
+
+@pytest.fixture
+def tracking_server(template, tmp_path):
+    """The address of a real `mlflow server` with a store of its own."""
+    import requests
+
+    store = tmp_path / "server"
+    store.mkdir()
+    shutil.copy(template / "store" / "mlflow.db", store / "mlflow.db")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "files")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    address, patience = f"http://127.0.0.1:{port}", time.monotonic() + 60
+    while True:
+        try:
+            requests.get(f"{address}/health", timeout=1).raise_for_status()
+            break
+        except requests.RequestException:
+            assert process.poll() is None and time.monotonic() < patience, "mlflow server does not start"
+            time.sleep(0.2)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)

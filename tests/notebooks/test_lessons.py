@@ -1,0 +1,193 @@
+"""Every lesson: its anatomy, and what it leaves in the store when papermill and nbval run it."""
+
+import os
+import re
+import subprocess
+import sys
+
+from demo_lib.batch import LESSONS, lessons
+from demo_lib.config import ROOT, TrainConfig
+
+import mlflow
+import nbformat
+import papermill as pm
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+NAMES = [path.stem for path in lessons()]
+OTHER = {
+    "train_images": 1_500,
+    "epochs": 3,
+    "batch_size": 64,
+    "learning_rate": 0.005,
+    "weight_decay": 0.0,
+    "channels": 8,
+    "dropout": 0.1,
+    "flip": True,
+    "log_every": 7,
+    "seed": 4,
+    "device": "cpu",
+}
+
+
+def read(name):
+    return nbformat.read(LESSONS / f"{name}.ipynb", as_version=4)
+
+
+def text(name):
+    return "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+
+
+def run_lesson(name, folder, params):
+    """Execute the lesson with papermill and return the executed notebook."""
+    return pm.execute_notebook(
+        LESSONS / f"{name}.ipynb", folder / f"{name}.ipynb", params, cwd=LESSONS, progress_bar=False
+    )
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_is_committed_clean(name):
+    notebook = read(name)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    assert "papermill" not in notebook.metadata and notebook.metadata.kernelspec.name == "python3"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_has_all_its_parts(name):
+    cells, words = read(name).cells, text(name)
+    assert re.match(r"# \w", cells[0].source)
+    for part in ("**What you'll do:**", "**What you'll learn**", "## What you need", "**Try it.**", "## Recap"):
+        assert part in words, part
+    assert "## In practice" in words
+    goals = words.split("**What you'll learn**")[1].split("##")[0].count("\n- ")
+    recap = words.split("## Recap")[1].split("##")[0].count("\n- ")
+    assert 2 <= goals <= 4 and recap == goals
+    sections = [line for line in words.splitlines() if line.startswith("## ")]
+    assert 3 <= len(sections) - 3 <= 5
+    assert len(cells) <= 45
+    lengths = sorted(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code")
+    assert lengths[len(lengths) // 2] <= 5 and lengths[-1] <= 25
+    kinds = "".join(cell.cell_type[0] for cell in cells)
+    assert "cccc" not in kinds
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_links_of_a_lesson_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text(name)):
+        assert (LESSONS / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/00_start_here.ipynb"])
+def test_the_maps_name_every_lesson(page):
+    content = (ROOT / page).read_text()
+    for name in NAMES:
+        assert f"{name}.ipynb" in content, name
+
+
+def test_the_parameters_of_lesson_01_are_those_of_the_configuration():
+    inspected = pm.inspect_notebook(LESSONS / "01_track_a_run.ipynb")
+    defaults = {name: yaml.safe_load(each["default"]) for name, each in inspected.items()}
+    assert TrainConfig(**defaults) == TrainConfig()
+    assert list(inspected) == list(TrainConfig.model_fields)
+    assert all(each["help"] for each in inspected.values())
+
+
+def test_the_parameter_files_fit():
+    assert TrainConfig.from_yaml(LESSONS / "params" / "quick.yaml") == TrainConfig()
+    assert TrainConfig.from_yaml(LESSONS / "params" / "full.yaml").train_images == 60_000
+
+
+def check_lesson_00(params):
+    (run,) = mlflow.search_runs(experiment_names=["00_start_here"], output_format="list")
+    assert run.info.status == "FINISHED" and run.info.run_name == "first"
+    assert int(run.data.params["train_images"]) == params["train_images"] - -(-params["train_images"] // 12)
+    assert 60 < run.data.metrics["mean_pixel"] < 85
+
+
+def check_lesson_01(params):
+    client = MlflowClient()
+    runs = {
+        run.info.run_name: run for run in mlflow.search_runs(experiment_names=["01_track_a_run"], output_format="list")
+    }
+    assert set(runs) == {"baseline", "doomed"}
+    run, doomed = runs["baseline"], runs["doomed"]
+    assert doomed.info.status == "FAILED" and doomed.data.tags["error"].startswith("ValueError: the loss")
+    assert run.info.status == "FINISHED"
+    assert TrainConfig.from_params(run.data.params) == TrainConfig(**params)
+    train = client.get_metric_history(run.info.run_id, "train_loss")
+    steps = [point.step for point in train]
+    assert steps == sorted(set(steps)) and len(steps) > params["epochs"]
+    validation = client.get_metric_history(run.info.run_id, "val_accuracy")
+    assert len(validation) == params["epochs"] and validation[-1].step == steps[-1]
+    assert train[-1].value < train[0].value
+    assert 0.7 < run.data.metrics["test_accuracy"] < 1
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "model_summary.txt",
+        "mistakes.png",
+        "confusion_matrix.png",
+    }
+    assert {"mlflow.source.git.commit", "git_dirty", "data_digest", "device", "seed"} <= run.data.tags.keys()
+    models = {
+        model.name: model for model in mlflow.search_logged_models([run.info.experiment_id], output_format="list")
+    }
+    assert set(models) == {"best_model", "last_model"}
+    check_models_reload(models, params, run)
+
+
+def check_models_reload(models, params, run):
+    """The best model, loaded back, has the test accuracy that was logged."""
+    from demo_lib.data import batches, load_data
+
+    data = load_data(TrainConfig(**params))
+    loaded = mlflow.pytorch.load_model(models["best_model"].model_uri)
+    with torch.inference_mode():
+        right = [(loaded(images).argmax(1) == labels).float().sum() for images, labels in batches(data.test, 500)]
+    assert sum(right).item() / len(data.test) == pytest.approx(run.data.metrics["test_accuracy"], abs=1e-6)
+
+
+CHECKS = {"00_start_here": check_lesson_00, "01_track_a_run": check_lesson_01}
+
+
+def params_of(name):
+    return {key: value for key, value in OTHER.items() if key in pm.inspect_notebook(LESSONS / f"{name}.ipynb")}
+
+
+def test_every_lesson_has_a_check():
+    assert list(CHECKS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_runs_with_other_parameters_and_the_store_shows_it(name, home, tmp_path, monkeypatch):
+    executed = run_lesson(name, tmp_path, params_of(name))
+    red = [output.text for output in outputs(executed) if output.get("name") == "stderr"]
+    assert not red
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store/mlflow.db")
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
+    CHECKS[name](params_of(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_runs_with_its_defaults_under_nbval_twice(name, home):
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    runs = mlflow.search_runs(experiment_names=[name], output_format="list")
+    assert len([run for run in runs if run.info.status == "FINISHED"]) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_runs_on_a_server(name, home, tmp_path, monkeypatch, tracking_server):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
+    run_lesson(name, tmp_path, params_of(name))
+    mlflow.set_tracking_uri(tracking_server)
+    CHECKS[name](params_of(name))
+    assert not (home / "store" / "artifacts").exists()

@@ -1,0 +1,178 @@
+"""The batch run: what it refuses, what it reports, and what it leaves behind when something breaks."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from demo_lib import batch
+from demo_lib.batch import BatchError, plan, table
+
+import mlflow
+import nbformat
+import papermill as pm
+import pytest
+from mlflow import MlflowClient
+from nbformat.v4 import new_code_cell, new_notebook
+
+KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """Write a notebook of code cells, the first of them tagged `parameters`, and return its path."""
+
+    def write(name, *cells):
+        made = [new_code_cell(cell) for cell in cells]
+        made[0].metadata["tags"] = ["parameters"]
+        path = tmp_path / f"{name}.ipynb"
+        nbformat.write(new_notebook(cells=made, metadata={"kernelspec": KERNELSPEC}), path)
+        return str(path)
+
+    return write
+
+
+def runs_of_batch():
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name("batch").experiment_id])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert len(children) == len(runs) - 1
+    return parent, children
+
+
+def test_lessons_are_found_by_number_stem_file_name_and_path():
+    names = ["01", "01_track_a_run", "01_track_a_run.ipynb", str(batch.LESSONS / "01_track_a_run.ipynb")]
+    for name in names:
+        assert [job.lesson for job in plan([name], {}, batch.ROOT)] == ["01_track_a_run"]
+    assert len(plan(names, {}, batch.ROOT)) == 1
+    assert [job.lesson for job in plan([], {}, batch.ROOT)] == [path.stem for path in batch.lessons()]
+
+
+@pytest.mark.parametrize(
+    ("names", "params", "message"),
+    [
+        (["99"], {}, "there is no lesson '99'; there are: 00_start_here, 01_track_a_run"),
+        (["01"], {"epoch": 3}, "no chosen lesson has a parameter 'epoch'; they have: train_images, epochs"),
+        (["00"], {"epochs": 3}, "no chosen lesson has a parameter 'epochs'; they have: train_images, seed"),
+        (["01"], {"epochs": "many"}, "parameter epochs = 'many' must be of type int"),
+        (["01"], {"epochs": 2.5}, "parameter epochs = 2.5 must be of type int"),
+        (["01"], {"flip": "perhaps"}, "parameter flip = 'perhaps' must be of type bool"),
+        (["01"], {"device": 3}, "parameter device = 3 must be of type str"),
+    ],
+)
+def test_bad_names_and_values_are_refused_before_anything_runs(names, params, message, tmp_path):
+    with pytest.raises(BatchError, match=message.replace("(", r"\(")):
+        plan(names, params, tmp_path / "build")
+    assert not (tmp_path / "build").exists()
+
+
+def test_each_lesson_gets_its_own_parameters_with_their_types(tmp_path):
+    first, second = plan(["00", "01"], {"train_images": "500", "learning_rate": "1e-3", "flip": "true"}, tmp_path)
+    assert first.params == {"train_images": 500}
+    assert second.params == {"train_images": 500, "learning_rate": 0.001, "flip": True}
+
+
+def test_results_are_tracked_and_a_failure_keeps_the_others(home, notebook, tmp_path):
+    good = notebook("good", "number: int = 1", "print('the number is', number)")
+    bad = notebook("bad", "number: int = 1", "text = 'fine'", "raise ValueError('no such shirt')")
+    jobs = plan([good, bad], {"number": "7"}, tmp_path / "build")
+    batch.run(jobs, progress=False)
+    assert [job.status for job in jobs] == ["FINISHED", "FAILED"]
+    parent, children = runs_of_batch()
+    assert parent.info.status == "FAILED" and parent.data.metrics["failed_lessons"] == 1
+    assert {name: run.info.status for name, run in children.items()} == {"good": "FINISHED", "bad": "FAILED"}
+    assert all(run.data.params == {"number": "7"} for run in children.values())
+    assert all(run.data.metrics["seconds"] > 0 for run in children.values())
+    assert "ValueError: no such shirt" in children["bad"].data.tags["error"]
+    for name, run in children.items():
+        path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/{name}.ipynb")
+        assert nbformat.read(path, 4).metadata.papermill.parameters == {"number": 7}
+        assert (tmp_path / "build" / f"{name}.html").stat().st_size > 10_000
+    assert "the number is 7" in (tmp_path / "build" / "good.html").read_text()
+    report = table(jobs)
+    assert "cell [4] failed with ValueError: no such shirt" in report and "raise ValueError('no such shirt')" in report
+
+
+def test_a_killed_kernel_fails_and_its_run_does_not_stay_running(home, notebook, tmp_path):
+    code = (
+        "import os, signal, mlflow\nfrom demo_lib.tracking import connect, provenance\nconnect('dies')\n"
+        "mlflow.start_run(tags=provenance())\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    good = notebook("good", "number: int = 1")
+    jobs = plan([notebook("dies", "number: int = 1", code), good], {}, tmp_path / "build")
+    batch.run(jobs, progress=False)
+    assert [job.status for job in jobs] == ["FAILED", "FINISHED"]
+    assert "kernel died" in jobs[0].error
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("dies").experiment_id])
+    assert run.info.status == "KILLED"
+    assert run.data.tags["batch_id"] == runs_of_batch()[0].data.tags["batch_id"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_everything_killed_and_keeps_what_was_done(home, notebook, tmp_path, signum):
+    slow = (
+        "import time, mlflow\nfrom demo_lib.tracking import connect, provenance, truthful_status\nconnect('slow')\n"
+        "with mlflow.start_run(tags=provenance()), truthful_status():\n"
+        f"    open({str(tmp_path / 'started')!r}, 'w').close()\n    time.sleep(120)"
+    )
+    names = [
+        notebook("done", "number: int = 1"),
+        notebook("slow", "number: int = 1", slow, "number = 2"),
+        notebook("waiting", "number: int = 1"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "demo_lib", "run", *names, "--jobs", "1", "--output", str(tmp_path / "build")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    patience = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and time.monotonic() < patience:
+        time.sleep(0.1)
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if signum == signal.SIGINT else -signal.SIGTERM), errors
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    parent, children = runs_of_batch()
+    assert parent.info.status == "KILLED"
+    assert {name: run.info.status for name, run in children.items()} == {"done": "FINISHED", "slow": "KILLED"}
+    (run,) = mlflow.search_runs(experiment_names=["slow"], output_format="list")
+    assert run.info.status == "KILLED"
+    assert nbformat.read(tmp_path / "build" / "done.ipynb", 4).metadata.papermill.exception is None
+    if signum == signal.SIGINT:
+        assert "Traceback" not in errors
+        assert [line.split()[1] for line in output.splitlines() if line[:4] in ("done", "slow", "wait")][-3:] == [
+            "FINISHED",
+            "KILLED",
+            "NOT",
+        ]
+
+
+def test_a_full_disk_does_not_replace_a_good_notebook(home, notebook, tmp_path, monkeypatch):
+    jobs = plan([notebook("good", "number: int = 1")], {"number": 1}, tmp_path / "build")
+    batch.run(jobs, progress=False)
+    before = jobs[0].output.read_bytes()
+
+    def full(notebook, path, *args, **kwargs):
+        Path(path).write_text('{"cel')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pm.engines, "write_ipynb", full)
+    again = plan([notebook("good", "number: int = 1")], {"number": 2}, tmp_path / "build")
+    batch.run(again, progress=False)
+    assert again[0].status == "FAILED" and "No space left on device" in again[0].error
+    assert again[0].output.read_bytes() == before
+
+
+def test_cores_are_shared_out(home, notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    show = "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
+    jobs = plan([notebook(name, "number: int = 1", show) for name in "ab"], {}, tmp_path / "build")
+    batch.run(jobs, workers=2, progress=False)
+    assert all("threads 3" in job.output.read_text() for job in jobs)

@@ -1,0 +1,81 @@
+"""The command line, as a user calls it: in a process of its own."""
+
+import mlflow
+import pytest
+
+QUICK = ["--train-images", 600, "--epochs", 1, "--channels", 4, "--device", "cpu"]
+
+
+def test_train_logs_what_was_asked_for(home, cli, tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 5\nepochs: 9\nlog_every: 2\n")
+    done = cli("train", "--config", tmp_path / "mine.yaml", *QUICK, "--flip")
+    assert done.returncode == 0, done.stderr
+    assert "fashion-mnist" in done.stdout and "test accuracy" in done.stdout
+    assert not done.stderr
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    (run,) = mlflow.search_runs(experiment_names=["train"], output_format="list")
+    assert run.info.run_id in done.stdout
+    assert run.info.status == "FINISHED"
+    expected = {"seed": "5", "epochs": "1", "log_every": "2", "flip": "True", "channels": "4"}
+    assert expected.items() <= run.data.params.items()
+    assert {"test_accuracy", "val_accuracy", "train_loss", "fit_seconds"} <= run.data.metrics.keys()
+    assert run.data.tags["mlflow.source.name"].startswith("python -m demo_lib train --config")
+    assert {entry.tags[0].value for entry in run.inputs.dataset_inputs} == {"training", "validation"}
+    models = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
+    assert {model.name for model in models} == {"best_model", "last_model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--epochs", "0"], "epochs = '0' is not allowed: it must be a whole number from 1 to 100."),
+        (["train", "--config", "none.yaml"], "none.yaml can't be read"),
+        (["train", "--epoch-s", "1"], "unrecognized arguments: --epoch-s"),
+        (["run", "77"], "there is no lesson '77'; there are: 00_start_here"),
+        (["run", "01", "-p", "epochs", "x"], "parameter epochs = 'x' must be of type int."),
+        (["run", "-f", "none.yaml"], "none.yaml can't be read"),
+        (["run", "--jobs", "-1"], "--jobs -1 is not allowed"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(cli, arguments, message):
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 6
+
+
+def test_help_lists_every_field_with_its_default(cli):
+    text = cli("train", "--help").stdout
+    for option in ("--epochs", "--learning-rate", "--flip", "--no-flip", "--device {auto,cpu,cuda,mps}"):
+        assert option in text
+    assert "(default: 128)" in text
+
+
+def test_doctor_is_content_and_says_what_is_wrong(home, cli):
+    good = cli("doctor")
+    assert good.returncode == 0, good.stdout
+    assert [line[6:14].strip() for line in good.stdout.splitlines()] == [
+        "python",
+        "packages",
+        "kernel",
+        "data",
+        "store",
+        "ui port",
+        "disk",
+        "cores",
+    ]
+    bad = cli("doctor", MLFLOW_TRACKING_URI="http://127.0.0.1:1", DEMO_DATA_DIR=str(home))
+    assert bad.returncode == 1
+    assert "MEND  store     no MLflow server answers at http://127.0.0.1:1" in bad.stdout
+    assert "MEND  data" in bad.stdout and "put Fashion-MNIST's four files there" in bad.stdout
+
+
+def test_run_reports_and_exits_truthfully(home, cli):
+    done = cli("run", "00", "-p", "train_images", "300")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "00_start_here  FINISHED" in done.stdout and "python -m demo_lib ui" in done.stdout
+    assert (home / "build" / "00_start_here.ipynb").exists() and (home / "build" / "00_start_here.html").exists()
+    failed = cli("run", "00", "-p", "train_images", "3")
+    assert failed.returncode == 1
+    assert "train_images = 3 is not allowed: it must be a whole number from 200 to 60000." in failed.stdout

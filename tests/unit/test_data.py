@@ -1,0 +1,199 @@
+"""Fashion-MNIST: where it is looked for, what is refused, and the splits."""
+
+import gzip
+import hashlib
+import shutil
+
+from demo_lib import data as data_module
+from demo_lib.config import TrainConfig
+from demo_lib.data import FULL_SHA256, RAW, SAMPLE, SAMPLE_SHA256, DataError, Split, batches, find_data, load_data
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """A home without data on a machine without Debian's package."""
+    monkeypatch.setenv("DEMO_HOME", str(tmp_path))
+    monkeypatch.setattr(data_module, "DEBIAN", tmp_path / "no-package")
+    return tmp_path
+
+
+@pytest.fixture
+def as_full(monkeypatch):
+    """Take the sample for the whole set, so that copies of it are small and can be damaged."""
+    monkeypatch.setattr(data_module, "FULL_SHA256", SAMPLE_SHA256)
+
+
+def test_the_package_fills_the_cache(empty, monkeypatch, as_full):
+    monkeypatch.setattr(data_module, "DEBIAN", SAMPLE)
+    source = find_data()
+    assert source.root == empty / "data"
+    assert {path.name for path in (empty / "data" / RAW).iterdir()} == set(FULL_SHA256)
+
+
+def test_the_real_package_has_the_originals(tmp_path, monkeypatch):
+    if not data_module.DEBIAN.is_dir():
+        pytest.skip("the package dataset-fashion-mnist is not installed")
+    monkeypatch.setenv("DEMO_HOME", str(tmp_path))
+    data = load_data(TrainConfig(train_images=60_000))
+    assert (data.name, len(data.train), len(data.validation), len(data.test)) == (
+        "fashion-mnist",
+        55_000,
+        5_000,
+        10_000,
+    )
+
+
+def test_without_anything_the_sample_is_used_and_named(empty):
+    data = load_data(TrainConfig(train_images=60_000))
+    assert data.name == "fashion-mnist-sample"
+    assert "NOT the whole set" in data.source and "NOT the whole set" in str(data)
+    assert len(data.train) + len(data.validation) == 7_800
+    assert data.test.labels.bincount().tolist() == [200] * 10
+
+
+def test_the_sample_is_part_of_the_real_set(template, monkeypatch):
+    monkeypatch.setenv("DEMO_HOME", str(template))
+    if find_data().name != "fashion-mnist":
+        pytest.skip("the whole set is not on this machine")
+    for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
+        whole = np.fromfile(template / "data" / RAW / name, np.uint8)[16:].reshape(-1, 784)
+        sample = np.frombuffer(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()), np.uint8)[16:].reshape(-1, 784)
+        assert {row.tobytes() for row in sample} <= {row.tobytes() for row in whole}
+
+
+def test_the_sample_is_small_and_whole():
+    assert sum(path.stat().st_size for path in SAMPLE.iterdir()) < 5_000_000
+    for name, expected in SAMPLE_SHA256.items():
+        assert hashlib.sha256(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes())).hexdigest() == expected
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "loose", "gz"])
+def test_a_named_folder_is_taken_in_any_layout(empty, monkeypatch, as_full, layout):
+    folder = empty / "mine"
+    target = folder / RAW if layout == "torchvision" else folder
+    target.mkdir(parents=True)
+    for path in SAMPLE.glob("*.gz"):
+        content = path.read_bytes()
+        if layout == "gz":
+            (target / path.name).write_bytes(content)
+        else:
+            (target / path.stem).write_bytes(gzip.decompress(content))
+    monkeypatch.setenv("DEMO_DATA_DIR", str(folder))
+    source = find_data()
+    assert source.root == (folder if layout == "torchvision" else empty / "data")
+
+
+def test_a_named_folder_without_data_is_refused(empty, monkeypatch):
+    monkeypatch.setenv("DEMO_DATA_DIR", str(empty))
+    with pytest.raises(DataError, match="has no train-images-idx3-ubyte"):
+        find_data()
+    assert not list((empty / "data").rglob("*ubyte"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "not gzip"])
+def test_a_damaged_origin_is_named_and_never_becomes_the_cache(empty, monkeypatch, as_full, damage):
+    folder = empty / "package"
+    shutil.copytree(SAMPLE, folder)
+    victim = folder / "t10k-images-idx3-ubyte.gz"
+    content = gzip.decompress(victim.read_bytes())
+    if damage == "truncated":
+        victim.write_bytes(victim.read_bytes()[:-1000])
+    elif damage == "altered":
+        victim.write_bytes(gzip.compress(content[:-1] + b"\x07"))
+    else:
+        victim.write_bytes(content)
+    monkeypatch.setattr(data_module, "DEBIAN", folder)
+    with pytest.raises(DataError, match="replace it by a good copy") as error:
+        find_data()
+    assert str(victim) in str(error.value)
+    assert not (empty / "data" / RAW / victim.stem).exists()
+    assert not list((empty / "data").rglob(".partial*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "a folder"])
+def test_a_damaged_cache_is_named_with_the_repair(empty, monkeypatch, as_full, damage):
+    monkeypatch.setattr(data_module, "DEBIAN", SAMPLE)
+    victim = find_data().root / RAW / "train-images-idx3-ubyte"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:5000] if damage == "truncated" else content[:-1] + b"\x07")
+    if damage == "a folder":
+        victim.unlink()
+        victim.mkdir()
+        with pytest.raises(DataError, match="can't be written"):
+            find_data()
+        return
+    with pytest.raises(DataError, match=r"truncated or altered .* delete it and run again") as error:
+        find_data()
+    assert str(victim) in str(error.value)
+    victim.unlink()
+    assert find_data().root == empty / "data"
+
+
+def test_a_cache_that_cannot_be_written_is_named(empty):
+    (empty / "data").touch()
+    with pytest.raises(DataError, match=r"can't be written .*DEMO_HOME"):
+        find_data()
+
+
+def test_a_failed_download_falls_back_and_leaves_nothing(empty, monkeypatch):
+    def half(root, download=False, **kwargs):
+        if download:
+            folder = empty.joinpath(root, RAW)
+            folder.mkdir(parents=True)
+            (folder / "train-images-idx3-ubyte.gz").write_bytes(b"half")
+            raise OSError("network unreachable")
+        return real(root, **kwargs)
+
+    real = data_module.datasets.FashionMNIST
+    monkeypatch.setenv("DEMO_DOWNLOAD", "true")
+    monkeypatch.setattr(data_module.datasets, "FashionMNIST", half)
+    assert find_data().name == "fashion-mnist-sample"
+    assert not (empty / "data" / RAW).exists()
+    assert not list((empty / "data").glob(".download*"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(train_images=st.integers(200, 60_000), seed=st.integers(0, 2**31 - 1))
+def test_splits_are_stratified_fixed_and_never_overlap(template, train_images, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEMO_HOME", str(template))
+        numbered = lambda source, train: (torch.arange(60_000), torch.arange(60_000) % 10)  # noqa: E731
+        patch.setattr(data_module, "_read", numbered)
+        config = TrainConfig(train_images=train_images, seed=seed)
+        data, again = load_data(config), load_data(config)
+    train, validation = data.train.images, data.validation.images
+    assert len(set(train.tolist()) | set(validation.tolist())) == len(train) + len(validation) == train_images
+    assert torch.equal(train, again.train.images) and torch.equal(validation, again.validation.images)
+    for split in (data.train, data.validation):
+        counts = split.labels.bincount(minlength=10)
+        assert counts.max() - counts.min() <= 1
+
+
+def numbered_split(size):
+    return Split(torch.arange(size, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28), torch.arange(size))
+
+
+@given(size=st.integers(1, 200), batch_size=st.integers(1, 64), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_batches_hold_every_image_once(size, batch_size, seed):
+    split = numbered_split(size)
+    seen = list(batches(split, batch_size, torch.Generator().manual_seed(seed)))
+    labels = torch.cat([labels for _, labels in seen])
+    images = torch.cat([images for images, _ in seen])
+    assert sorted(labels.tolist()) == list(range(size))
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+    assert images.dtype == torch.float32 and images.max() <= 1
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    images = torch.zeros(1000, 1, 28, 28, dtype=torch.uint8)
+    images[..., 0] = 255
+    flipped, _ = next(batches(Split(images, torch.zeros(1000)), 1000, torch.Generator().manual_seed(0), flip=True))
+    assert 400 < flipped[:, 0, 0, -1].sum() < 600
+    assert torch.equal(flipped.sum(dim=(1, 2, 3)), torch.full((1000,), 28.0))

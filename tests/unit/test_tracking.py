@@ -1,0 +1,231 @@
+"""Tracking: connect, provenance, truthful ends, batched metrics, models, links."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from demo_lib import tracking
+from demo_lib.config import ROOT, TrainConfig
+from demo_lib.data import batches, load_data
+from demo_lib.model import build_model
+from demo_lib.tracking import TrackingError, batched_metrics, connect, provenance, truthful_status, ui_link
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+
+RUN = """
+import os, signal, sys, time
+import mlflow
+from demo_lib.tracking import batched_metrics, connect, provenance, truthful_status
+connect("ends")
+with mlflow.start_run(tags=provenance()) as run, truthful_status(), batched_metrics(seconds=600) as log_metrics:
+    log_metrics({"loss": 1.0}, step=1)
+    print(run.info.run_id, flush=True)
+    time.sleep(60)
+"""
+
+
+def start_run_elsewhere():
+    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=os.environ)
+    return process, process.stdout.readline().strip()
+
+
+def test_the_store_and_its_files_are_in_the_home_whatever_the_working_directory(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    connect("somewhere")
+    with mlflow.start_run() as run:
+        mlflow.log_text("hello", "a.txt")
+    assert mlflow.get_tracking_uri() == f"sqlite:///{home.as_posix()}/store/mlflow.db"
+    assert list((home / "store" / "artifacts" / "somewhere" / run.info.run_id).rglob("a.txt"))
+    assert not (tmp_path / "mlruns").exists() and not (tmp_path / "mlflow.db").exists()
+
+
+def test_connecting_twice_gives_the_same_experiment(home):
+    assert connect("same").experiment_id == connect("same").experiment_id
+
+
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(home):
+    experiment = connect("gone")
+    MlflowClient().delete_experiment(experiment.experiment_id)
+    with pytest.raises(TrackingError, match=f"restore --experiment-id {experiment.experiment_id}"):
+        connect("gone")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "store").touch()
+    monkeypatch.setenv("DEMO_HOME", str(tmp_path))
+    with pytest.raises(TrackingError, match=r"can't be made .*DEMO_HOME"):
+        connect("anything")
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent", "unknown host"])
+def test_an_unreachable_server_is_one_sentence_within_5_seconds(home, monkeypatch, kind):
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # accepts connections, never answers
+        port = listening.getsockname()[1]
+        address = {"silent": f"127.0.0.1:{port}", "refused": "127.0.0.1:1", "unknown host": "no.such.host.invalid"}[
+            kind
+        ]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}")
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match="no MLflow server answers at http://") as error:
+            connect("anything")
+        assert time.monotonic() - started < 5
+    assert "secret" not in str(error.value)
+
+
+def test_provenance_names_source_code_data_and_machine(home):
+    config = TrainConfig(train_images=500, seed=3, device="cpu")
+    data = load_data(config)
+    connect("01_track_a_run")
+    tags = provenance(data, config)
+    assert tags["mlflow.source.name"] == "notebooks/01_track_a_run.ipynb"
+    assert (tags["device"], tags["seed"], tags["data_digest"]) == ("cpu", "3", data.digest)
+    assert tags["data_source"] == data.source
+    assert tags["torch_version"] == torch.__version__.split("+")[0]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("not in a git repository")
+    assert tags["mlflow.source.git.commit"] == head.stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert tags["git_dirty"] == str(bool(changed)).lower()
+
+
+def test_without_git_only_the_commit_is_missing(home, monkeypatch, tmp_path):
+    connect("anything")
+    monkeypatch.setattr(tracking, "ROOT", tmp_path)
+    tags = provenance()
+    assert "mlflow.source.git.commit" not in tags and tags["python_version"]
+
+
+def test_an_exception_ends_the_run_failed_with_the_error(home):
+    connect("ends")
+    with pytest.raises(ZeroDivisionError), mlflow.start_run() as run, truthful_status():
+        mlflow.log_param("before", 1)
+        1 / 0  # noqa: B018
+    ended = mlflow.get_run(run.info.run_id)
+    assert (ended.info.status, ended.data.tags["error"]) == ("FAILED", "ZeroDivisionError: division by zero")
+    assert ended.data.params == {"before": "1"}
+    assert mlflow.active_run() is None
+
+
+def test_an_interrupt_ends_the_run_and_those_nested_in_it_killed(home):
+    connect("ends")
+    with pytest.raises(KeyboardInterrupt), mlflow.start_run() as run, truthful_status():
+        nested = mlflow.start_run(nested=True)
+        raise KeyboardInterrupt
+    assert [mlflow.get_run(each.info.run_id).info.status for each in (run, nested)] == ["KILLED", "KILLED"]
+    assert mlflow.active_run() is None
+
+
+def test_success_ends_the_run_finished(home):
+    connect("ends")
+    with mlflow.start_run() as run, truthful_status():
+        pass
+    ended = mlflow.get_run(run.info.run_id)
+    assert ended.info.status == "FINISHED" and "error" not in ended.data.tags
+
+
+def test_truthful_status_needs_a_run(home):
+    with pytest.raises(TrackingError, match="needs an active run"), truthful_status():
+        pass
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_the_run_killed_with_its_metrics(home, signum, code):
+    connect("ends")
+    process, run_id = start_run_elsewhere()
+    process.send_signal(signum)
+    ended_with = process.wait(30)
+    assert ended_with == code or (signum == signal.SIGINT and ended_with in (1, 130, -signal.SIGINT))
+    run = mlflow.get_run(run_id)
+    assert (run.info.status, run.data.metrics) == ("KILLED", {"loss": 1.0})
+
+
+def test_a_run_left_by_a_killed_process_is_closed_by_the_next_connect(home):
+    connect("ends")
+    process, run_id = start_run_elsewhere()
+    connect("ends")
+    assert mlflow.get_run(run_id).info.status == "RUNNING"
+    process.kill()
+    process.wait(30)
+    connect("ends")
+    run = mlflow.get_run(run_id)
+    assert run.info.status == "KILLED" and "without closing" in run.data.tags["error"]
+
+
+def test_batched_metrics_arrive_whole_and_in_order(home, monkeypatch):
+    connect("metrics")
+    calls = []
+    log_batch = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **kw: (calls.append(kw), log_batch(*args, **kw)))
+    with mlflow.start_run() as run, batched_metrics(seconds=600) as log_metrics:
+        for step in range(1200):
+            log_metrics({"loss": step / 2}, step=step)
+    history = MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(1200)]
+    assert len(calls) == 3
+
+
+def test_batched_metrics_survive_an_exception(home):
+    connect("metrics")
+    with pytest.raises(ValueError), mlflow.start_run() as run, batched_metrics(seconds=600) as log_metrics:
+        log_metrics({"loss": 2.0}, step=1)
+        raise ValueError
+    assert mlflow.get_run(run.info.run_id).data.metrics == {"loss": 2.0}
+
+
+def test_batched_metrics_are_live(home):
+    connect("metrics")
+    with mlflow.start_run() as run, batched_metrics(seconds=0) as log_metrics:
+        log_metrics({"loss": 2.0}, step=1)
+        assert mlflow.get_run(run.info.run_id).data.metrics == {"loss": 2.0}
+
+
+def test_a_logged_model_predicts_the_same_for_any_batch_size(home, recwarn):
+    connect("models")
+    config = TrainConfig(train_images=500, channels=4, device="cpu")
+    data, model = load_data(config), build_model(config).train()
+    images = next(batches(data.test, 7))[0]
+    with mlflow.start_run():
+        logged = tracking.log_model(model, "net", images[:2])
+    assert model.training
+    loaded = mlflow.pytorch.load_model(logged.model_uri)
+    with torch.inference_mode():
+        for size in (1, 7):
+            torch.testing.assert_close(loaded(images[:size]), model.eval()(images[:size]))
+    assert logged.signature.inputs.inputs[0].shape == (-1, 1, 28, 28)
+    assert not [warning for warning in recwarn if "weights are not on CPU" in str(warning.message)]
+
+
+def test_links_lead_to_the_local_ui_or_the_server_without_its_password(home, monkeypatch):
+    experiment = connect("links")
+    with mlflow.start_run(run_name="a <b>") as run:
+        pass
+    page = f"#/experiments/{experiment.experiment_id}/runs"
+    assert str(ui_link(experiment)) == f"http://127.0.0.1:5050/{page}?workflowType=machine_learning"
+    assert str(ui_link(run)).endswith(f"{page}/{run.info.run_id}?workflowType=machine_learning")
+    assert "a &lt;b&gt;" in ui_link(run)._repr_html_()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.org/mlflow/")
+    assert str(ui_link(experiment)) == f"https://example.org/mlflow/{page}?workflowType=machine_learning"
+
+
+def test_twenty_processes_start_on_a_fresh_store(tmp_path):
+    code = (
+        "from demo_lib.tracking import connect; import mlflow; connect('crowd'); mlflow.start_run(); mlflow.end_run()"
+    )
+    environment = os.environ | {"DEMO_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(20)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 20, errors
+    client = MlflowClient(f"sqlite:///{tmp_path}/store/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("crowd").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 20
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
