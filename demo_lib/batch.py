@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LESSONS = ROOT / "notebooks"
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 KERNEL = "python3"
+CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"
 INTERRUPT_SECONDS = 10  # how long an interrupted lesson may take to end its runs before its kernel is killed
 
 
@@ -49,6 +50,7 @@ class Job:
     status: str = "NOT RUN"  # then RUNNING and, as MLflow calls them, FINISHED, FAILED or KILLED
     seconds: float = 0.0
     error: str = ""
+    kept: bool = False  # whether this run's notebook is at `output`
     interrupted: bool = False
     kernel: KernelManager | None = field(default=None, repr=False)
 
@@ -60,7 +62,8 @@ class Job:
     def start_kernel(self, environment: Mapping[str, str]) -> None:
         """Start a kernel of our own, which can be interrupted, unless there is one; papermill's can't be reached."""
         if self.kernel is None:
-            kernel = KernelManager(kernel_name=KERNEL, transport_encryption="auto")
+            # nbclient needs the asynchronous client: with the blocking one it never sees that a kernel died.
+            kernel = KernelManager(kernel_name=KERNEL, client_class=CLIENT, transport_encryption="auto")
             no_history = ["--HistoryManager.hist_file=:memory:"]
             kernel.start_kernel(env=dict(environment), cwd=str(self.notebook.parent), extra_arguments=no_history)
             self.kernel = kernel
@@ -72,9 +75,9 @@ class Job:
             kernel.shutdown_kernel(now=now)
 
     def fail(self, error: str) -> None:
-        """Note why the job did not finish; an interrupted one was killed, whatever error that caused."""
+        """Note the first reason why the job did not finish; interrupted, it was killed whatever error that caused."""
         self.status = "KILLED" if self.interrupted else "FAILED"
-        self.error = "interrupted." if self.interrupted else error
+        self.error = "interrupted." if self.interrupted else self.error or error
 
     def stop_if_interrupted(self) -> None:
         """Raise Interrupted before the next cell if the batch was interrupted."""
@@ -135,7 +138,7 @@ def table(jobs: Sequence[Job]) -> str:
     width = max(len(job.lesson) for job in jobs)
     lines = [f"{'lesson':{width}}  status    seconds  executed notebook"]
     for job in jobs:
-        output = os.path.relpath(job.output) if job.output.exists() else "-"
+        output = os.path.relpath(job.output) if job.kept else "-"
         lines.append(f"{job.lesson:{width}}  {job.status:8}  {job.seconds:7.1f}  {output}")
     errors = [f"\n{job.lesson}: {job.error}" for job in jobs if job.error]
     return "\n".join(lines + errors)
@@ -204,7 +207,7 @@ def _run_child(job: Job, parent: Run, environment: Mapping[str, str], bar: tqdm)
         client.log_metric(child, "seconds", job.seconds)
         if job.error:
             client.set_tag(child, "error", job.error[:5000])
-        else:
+        if job.kept:
             client.log_artifact(child, str(job.output))
     finally:
         client.set_terminated(child, job.status if job.status in ("FINISHED", "KILLED") else "FAILED")
@@ -273,6 +276,9 @@ def _keep(job: Job, partial: Path) -> None:
         partial.with_suffix(".html").write_text(page, encoding="utf-8")
         for suffix in (".html", ".ipynb"):
             partial.with_suffix(suffix).replace(job.output.with_suffix(suffix))
+        job.kept = True
+        with suppress(OSError):
+            partial.parent.rmdir()  # unless other lessons still use it
     except (OSError, ValueError) as error:
         job.fail(f"its executed notebook could not be kept: {error}")
 

@@ -119,7 +119,7 @@ class TrainConfig(Config):
     train_images: int = Field(12_000, ge=200, le=60_000, description="images to train and validate on, at most")
     epochs: int = Field(2, ge=1, le=100, description="passes over the training images")
     batch_size: int = Field(128, ge=8, le=4096, description="images per optimizer step")
-    learning_rate: float = Field(0.008, ge=1e-6, le=1.0, description="peak of the one-cycle schedule")
+    learning_rate: float = Field(0.012, ge=1e-6, le=1.0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's weight decay")
     channels: int = Field(16, ge=4, le=128, description="width of the first convolution, others 2 to 6 times as wide")
     dropout: float = Field(0.0, ge=0, le=0.9, description="share of features dropped before the last layer")

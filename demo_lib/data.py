@@ -21,7 +21,6 @@ from torch import Tensor
 from torchvision import datasets
 
 CLASSES = tuple(datasets.FashionMNIST.classes)
-VALIDATION_SHARE = 1 / 12  # 5,000 of the 60,000 images
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
 RAW = Path("FashionMNIST", "raw")  # where torchvision's class looks below its root
@@ -99,7 +98,7 @@ class Source:
 def load_data(config: TrainConfig | None = None) -> FashionData:
     """Find Fashion-MNIST and return its splits, fixed by `config.seed`, stratified by class, never overlapping.
 
-    The validation split is a twelfth of the training images; the test split is always whole.
+    A twelfth of the training images is the validation split (5,000 of 60,000); the test split is always whole.
 
     Raises:
         DataError: a file is truncated, altered or unreadable, or the cache can't be written.
@@ -107,10 +106,15 @@ def load_data(config: TrainConfig | None = None) -> FashionData:
     config = config or TrainConfig()
     source = find_data()
     images, labels = _read(source, train=True)
-    index, strata = torch.arange(len(labels)), labels.numpy()
-    if config.train_images < len(index):
-        index, _ = train_test_split(index, train_size=config.train_images, stratify=strata, random_state=config.seed)
-    parts = train_test_split(index, test_size=VALIDATION_SHARE, stratify=strata[index], random_state=config.seed)
+    size = min(config.train_images, len(labels))
+    held_out = size // 12
+    parts = train_test_split(
+        torch.arange(len(labels)),
+        train_size=size - held_out,
+        test_size=held_out,
+        stratify=labels,
+        random_state=config.seed,
+    )
     train, validation = (Split(images[part], labels[part]) for part in parts)
     return FashionData(train, validation, Split(*_read(source, train=False)), source.name, source.text, source.digest)
 

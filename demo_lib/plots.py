@@ -14,6 +14,6 @@ def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figur
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image.squeeze(0), cmap="gray_r")
+        axis.imshow(image.squeeze(0).numpy(), cmap="gray_r")
         axis.set_title(title, fontsize=9)
     return figure

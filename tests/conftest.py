@@ -40,21 +40,27 @@ def template(shared) -> Path:
     return home
 
 
+@pytest.fixture(autouse=True)
+def no_store():
+    """Forget the tracking store of the test before: MLflow keeps it in the process and in the environment."""
+    import mlflow
+
+    yield
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri(None)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture
 def home(template, tmp_path, monkeypatch) -> Path:
     """An own home with an empty store, and the data linked."""
-    import mlflow
-
     folder = tmp_path / "home"
     (folder / "store").mkdir(parents=True)
     shutil.copy(template / "store" / "mlflow.db", folder / "store" / "mlflow.db")
     (folder / "data").symlink_to(template / "data")
     monkeypatch.setenv("DEMO_HOME", str(folder))
-    yield folder
-    while mlflow.active_run():
-        mlflow.end_run()
-    mlflow.set_tracking_uri(None)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
 
 
 @pytest.fixture
