@@ -272,6 +272,7 @@ def serve_ui(port: int) -> int:
     print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
     # One worker and no job runner: two processes instead of a dozen.
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level=warning"]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return subprocess.call([*command, "--backend-store-uri", uri, *options], env=environment)
 

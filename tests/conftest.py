@@ -2,15 +2,14 @@
 
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+from tests.tools.net import free_port, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
@@ -83,26 +82,12 @@ def cli(home):
 @pytest.fixture
 def tracking_server(template, tmp_path):
     """The address of a real `mlflow server` with a store of its own."""
-    import requests
-
     store = tmp_path / "server"
     store.mkdir()
     shutil.copy(template / "store" / "mlflow.db", store / "mlflow.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "files")]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    address, patience = f"http://127.0.0.1:{port}", time.monotonic() + 60
-    while True:
-        try:
-            requests.get(f"{address}/health", timeout=1).raise_for_status()
-            break
-        except requests.RequestException:
-            assert process.poll() is None and time.monotonic() < patience, "mlflow server does not start"
-            time.sleep(0.2)
-    yield address
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(30)
+    with serving(command, f"http://127.0.0.1:{port}/health", env=environment):
+        yield f"http://127.0.0.1:{port}"

@@ -1,0 +1,43 @@
+"""A real Chromium, JupyterLab on a copy of the lessons, and the MLflow UI on the test's store."""
+
+import os
+import shutil
+import sys
+
+from demo_lib.batch import LESSONS
+
+import pytest
+
+from tests.browser.chromium import chromium
+from tests.tools.net import free_port, serving
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium; without it these tests are skipped, except in CI, where they fail."""
+    with chromium() as browser:
+        if browser is None:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here: install the package chromium")
+        yield browser
+
+
+@pytest.fixture
+def lab(home):
+    """The address of a JupyterLab on a copy of the lessons, since it saves them with their outputs."""
+    shutil.copytree(LESSONS, home / "notebooks")
+    port = free_port()
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={home / 'notebooks'}", "--IdentityProvider.token="]
+    command += ["--LabApp.expose_app_in_browser=True"]
+    environment = {"JUPYTER_CONFIG_DIR": str(home / "jupyter"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
+    with serving(command, f"http://127.0.0.1:{port}/lab", env=os.environ | environment):
+        yield f"http://127.0.0.1:{port}/lab"
+
+
+@pytest.fixture
+def ui(home, monkeypatch):
+    """The address of `python -m demo_lib ui` on the test's store."""
+    port = free_port()
+    monkeypatch.setenv("DEMO_UI_PORT", str(port))
+    with serving([sys.executable, "-m", "demo_lib", "ui"], f"http://127.0.0.1:{port}/health"):
+        yield f"http://127.0.0.1:{port}"

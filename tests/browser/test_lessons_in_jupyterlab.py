@@ -1,0 +1,54 @@
+"""The lessons as a learner sees them: JupyterLab in a real browser, and the links into the MLflow UI."""
+
+import subprocess
+import sys
+
+from demo_lib.batch import lessons
+from demo_lib.tracking import connect, ui_link
+
+import mlflow
+import pytest
+
+pytestmark = pytest.mark.xdist_group("browser")
+NAMES = [path.stem for path in lessons()]
+RUN_ALL = """async () => {
+    const app = window.jupyterapp;
+    await app.shell.currentWidget.context.ready;
+    await app.shell.currentWidget.sessionContext.ready;
+    await app.commands.execute('notebook:run-all-cells');
+    return app.shell.currentWidget.context.model.toJSON();
+}"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_runs_top_to_bottom_without_red(name, lab, browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)
+    page.goto(f"{lab}/tree/{name}.ipynb")
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    notebook = page.evaluate(RUN_ALL)
+    page.screenshot(path=tmp_path / f"{name}.png")
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code and all(cell["execution_count"] for cell in code)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [each for each in outputs if each["output_type"] == "error" or each.get("name") == "stderr"]
+    assert page.locator(".jp-RenderedHTMLCommon a:has-text('in the MLflow UI')").count() or name != NAMES[0]
+    page.close()
+
+
+def test_links_open_the_right_pages_in_a_fresh_profile(home, ui, browser):
+    experiment = connect("links")
+    with mlflow.start_run(run_name="linked-run") as run:
+        mlflow.log_param("channels", 16)
+    for target, expected in ((run, "channels"), (experiment, "linked-run")):
+        page = browser.new_context().new_page()
+        page.goto(str(ui_link(target)))
+        page.get_by_text(expected).first.wait_for(timeout=60_000)
+        page.close()
+
+
+def test_a_second_ui_on_the_port_is_refused_with_the_address(home, ui):
+    done = subprocess.run([sys.executable, "-m", "demo_lib", "ui"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"The MLflow UI already runs there: open {ui}" in done.stderr

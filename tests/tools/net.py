@@ -1,0 +1,40 @@
+"""Servers for the tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import requests
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(command: list[str], address: str, seconds: float = 90, **options) -> Iterator[subprocess.Popen]:
+    """Run a server until the block ends, from when its address answers."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, **quiet, **options)
+    try:
+        _wait_for(process, address, time.monotonic() + seconds)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def _wait_for(process: subprocess.Popen, address: str, deadline: float) -> None:
+    while True:
+        try:
+            return requests.get(address, timeout=2).raise_for_status()
+        except requests.RequestException:
+            assert process.poll() is None and time.monotonic() < deadline, f"{address} does not answer"
+            time.sleep(0.2)
