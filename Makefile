@@ -14,7 +14,7 @@ run: $(INSTALLED)
 	$(BIN)/python -m demo_lib run -f notebooks/params/quick.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lab: $(INSTALLED)
 	$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb
