@@ -1,20 +1,28 @@
-"""Command line: `python -m demo_lib doctor | train | run | ui`, each with `--help`."""
+"""Command line: `python -m demo_lib doctor | train | tune | run | ui`, each with `--help`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from demo_lib.config import DemoError, TrainConfig, read_yaml, settings
+from demo_lib.config import Config, DemoError, TrainConfig, TuneConfig, read_yaml, settings
 
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-FIELDS = TrainConfig.model_fields
+# How to start this Python again: `make` does not activate the environment.
+PYTHON = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
 
 
-class _TrainArguments(BaseSettings, TrainConfig):
+class _TrainOptions(BaseSettings, TrainConfig):
     """The fields of TrainConfig as command-line options."""
+
+
+class _TuneOptions(BaseSettings, TuneConfig):
+    """The fields of TuneConfig as command-line options."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,9 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("doctor", help="check this machine and say what to mend").set_defaults(do=_doctor)
 
     train = commands.add_parser("train", help="train one model, tracked in MLflow")
-    train.add_argument("--config", type=Path, metavar="FILE", help="YAML file of values; the options below win over it")
-    options = CliSettingsSource(_TrainArguments, root_parser=train, cli_kebab_case=True, cli_implicit_flags=True)
-    train.set_defaults(do=lambda given: _train(given, options))
+    config = _add_config(train, TrainConfig, _TrainOptions)
+    train.set_defaults(do=lambda given: _train(config(given)))
+
+    tune = commands.add_parser("tune", help="tune hyperparameters: one parent run, one child run a trial")
+    tune.add_argument("--storage", metavar="URL", help="Optuna's database (default: store/optuna.db)")
+    study = _add_config(tune, TuneConfig, _TuneOptions)
+    tune.set_defaults(do=lambda given: _tune(study(given), given.storage))
 
     run = commands.add_parser("run", help="run lessons headless through papermill")
     run.add_argument("lessons", nargs="*", metavar="LESSON", help="number, name or path of a lesson (default: all)")
@@ -52,6 +64,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _add_config(
+    parser: argparse.ArgumentParser, config: type[Config], options: type[BaseSettings]
+) -> Callable[[argparse.Namespace], Config]:
+    """Add the configuration's fields as options; return what makes a configuration of the parsed arguments."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of values; the options win over it")
+    source = CliSettingsSource(options, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True)
+
+    def make(given: argparse.Namespace) -> Config:
+        values = read_yaml(given.config) if given.config else {}
+        fields = {name: value for name, value in vars(given).items() if name in config.model_fields}
+        return config(**values | source(parsed_args=fields)())
+
+    return make
+
+
 # Each command imports what it needs: PyTorch and MLflow take seconds to load.
 
 
@@ -63,16 +90,25 @@ def _doctor(given: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def _train(given: argparse.Namespace, options: CliSettingsSource) -> int:
-    values = read_yaml(given.config) if given.config else {}
-    values |= options(parsed_args={name: value for name, value in vars(given).items() if name in FIELDS})()
-    config = TrainConfig(**values)
+def _train(config: TrainConfig) -> int:
     from demo_lib.tracking import train, ui_link
 
     run = train(config)
     metrics = run.data.metrics
     print(f"test accuracy {metrics['test_accuracy']:.2%} after {metrics['fit_seconds']:.1f} s of training")
-    print(f"run {run.info.run_id}\n{ui_link(run)}  (start the UI with: python -m demo_lib ui)")
+    print(f"run {run.info.run_id}\n{ui_link(run)}  (start the UI with: {PYTHON} -m demo_lib ui)")
+    return 0
+
+
+def _tune(config: TuneConfig, storage: str | None) -> int:
+    from demo_lib.tracking import ui_link
+    from demo_lib.tuning import tune
+
+    run = tune(config, storage=storage)
+    tags, metrics = run.data.tags, run.data.metrics
+    print(f"best of {config.trials} trials: number {tags['best_trial']}, run {tags['best_run_id']}")
+    print(f"validation accuracy {metrics['best_val_accuracy']:.2%}, test accuracy {metrics['test_accuracy']:.2%}")
+    print(f"parent run {run.info.run_id}\n{ui_link(run)}  (start the UI with: {PYTHON} -m demo_lib ui)")
     return 0
 
 
@@ -87,7 +123,7 @@ def _run(given: argparse.Namespace) -> int:
         batch.run(jobs, given.jobs)
     finally:
         print(batch.table(jobs))
-    print("\nSee the runs in MLflow: python -m demo_lib ui")
+    print(f"\nSee the runs in MLflow: {PYTHON} -m demo_lib ui")
     return 0 if all(job.status == "FINISHED" for job in jobs) else 1
 
 

@@ -129,6 +129,27 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes the fastest there is")
 
 
+class TuneConfig(Config):
+    """One study of nested runs. What the study does not vary is fixed here; the defaults are the quick ones."""
+
+    study: str = Field("fashion", description="name of the study, by which it is resumed")
+    trials: int = Field(10, ge=1, le=10_000, description="trials of the whole study, pruned ones included")
+    workers: int = Field(1, ge=1, le=64, description="trials at once")
+    max_channels: int = Field(16, ge=4, le=128, description="widest first convolution to try")
+    train_images: int = Field(2_000, ge=200, le=60_000, description="images to train and validate on, at most")
+    epochs: int = Field(3, ge=1, le=100, description="passes over the training images in each trial")
+    prune: bool = Field(True, description="stop trials that do worse than half of the others")
+    stop_on_error: bool = Field(False, description="end the study when a trial fails")
+    log_every: int = Field(10, ge=1, le=10_000, description="optimizer steps between two logged losses")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seeds the sampler and every trial's training")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes the fastest there is")
+
+    def train_config(self, **suggested: Any) -> TrainConfig:
+        """Return the configuration of one trial: the fixed values and the suggested ones."""
+        shared = self.model_dump(include=set(TrainConfig.model_fields))
+        return TrainConfig(**shared | suggested)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of `name: value` lines.
 

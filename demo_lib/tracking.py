@@ -283,11 +283,20 @@ def close_stale_runs(experiment_ids: list[str]) -> list[str]:
     unfinished = f"attributes.status = 'RUNNING' AND tags.process LIKE '{socket.gethostname()}:%'"
     closed = []
     for run in client.search_runs(experiment_ids, unfinished, ViewType.ALL):
-        if not _is_alive(run.data.tags["process"]):
+        if died_here(run):
             client.set_tag(run.info.run_id, "error", "its process ended without closing the run")
             client.set_terminated(run.info.run_id, "KILLED")
             closed.append(run.info.run_id)
     return closed
+
+
+def died_here(run: Run) -> bool:
+    """Whether the run's process was on this machine and is gone; its start tells it from a later one of that pid."""
+    host, pid, start = run.data.tags["process"].rsplit(":", 2)
+    try:
+        return host == socket.gethostname() and abs(psutil.Process(int(pid)).create_time() - float(start)) >= 2
+    except psutil.NoSuchProcess:
+        return True
 
 
 class _Terminated(BaseException):
@@ -341,15 +350,6 @@ def _commit() -> dict[str, str]:
 
 def _this_process() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
-
-
-def _is_alive(process: str) -> bool:
-    """Whether the `host:pid:start` of a run's tag still runs here; the start tells it from a later reuse of the pid."""
-    _, pid, start = process.rsplit(":", 2)
-    try:
-        return abs(psutil.Process(int(pid)).create_time() - float(start)) < 2
-    except (psutil.Error, ValueError):
-        return False
 
 
 def _artifact_root(database: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.tools.net import free_port, serving
+from tests.tools.processes import free_port, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")

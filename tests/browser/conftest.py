@@ -9,7 +9,7 @@ from demo_lib.batch import LESSONS
 import pytest
 
 from tests.browser.chromium import chromium
-from tests.tools.net import free_port, serving
+from tests.tools.processes import free_port, serving
 
 
 @pytest.fixture(scope="session")

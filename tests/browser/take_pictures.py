@@ -15,7 +15,7 @@ import mlflow
 from playwright.sync_api import Page
 
 from tests.browser.chromium import chromium
-from tests.tools.net import free_port, serving
+from tests.tools.processes import free_port, serving
 
 PICTURES = ROOT / "docs" / "pictures"
 

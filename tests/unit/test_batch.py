@@ -19,6 +19,8 @@ import pytest
 from mlflow import MlflowClient
 from nbformat.v4 import new_code_cell, new_notebook
 
+from tests.tools.processes import normal_interrupt
+
 KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -132,6 +134,7 @@ def test_an_interrupt_ends_everything_killed_and_keeps_what_was_done(home, noteb
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
+        preexec_fn=normal_interrupt,
     )
     patience = time.monotonic() + 120
     while not (tmp_path / "started").exists() and time.monotonic() < patience:

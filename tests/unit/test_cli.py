@@ -74,7 +74,7 @@ def test_doctor_is_content_and_says_what_is_wrong(home, cli):
 def test_run_reports_and_exits_truthfully(home, cli):
     done = cli("run", "00", "-p", "train_images", "300")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "00_start_here  FINISHED" in done.stdout and "python -m demo_lib ui" in done.stdout
+    assert "00_start_here  FINISHED" in done.stdout and "-m demo_lib ui" in done.stdout
     assert (home / "build" / "00_start_here.ipynb").exists() and (home / "build" / "00_start_here.html").exists()
     failed = cli("run", "00", "-p", "train_images", "3")
     assert failed.returncode == 1

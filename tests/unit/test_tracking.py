@@ -18,6 +18,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from tests.tools.processes import normal_interrupt
+
 RUN = """
 import os, signal, sys, time
 import mlflow
@@ -31,7 +33,9 @@ with mlflow.start_run(tags=provenance()) as run, truthful_status(), batched_metr
 
 
 def start_run_elsewhere():
-    process = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=os.environ, preexec_fn=normal_interrupt
+    )
     return process, process.stdout.readline().strip()
 
 

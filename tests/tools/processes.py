@@ -1,4 +1,4 @@
-"""Servers for the tests."""
+"""Processes and servers for the tests."""
 
 import os
 import signal
@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import requests
+
+
+def normal_interrupt() -> None:
+    """Undo in a new process (`preexec_fn`) that a shell makes its background jobs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

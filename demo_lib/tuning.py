@@ -1,0 +1,374 @@
+"""Nested Optuna studies in MLflow: one parent run a study, one child run a trial; parallel and resumable."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo_lib.config import DemoError, TrainConfig, TuneConfig, settings, sqlite_uri, tracking_uri
+from demo_lib.data import FashionData, batches, load_data
+from demo_lib.model import build_model
+from demo_lib.tracking import batched_metrics, connect, died_here, log_model, provenance, truthful_status
+from demo_lib.training import evaluate, fit
+
+import matplotlib.pyplot as plt
+import mlflow
+import optuna
+import torch
+from matplotlib.figure import Figure
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from tqdm.auto import tqdm
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+HEARTBEAT, GRACE = 3, 15  # seconds between two signs of life of a trial, and of silence until it counts as dead
+FAILED = 3  # exit code of a worker whose trial failed
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class TuneError(DemoError):
+    """A study can't be opened, is in use, or came to nothing."""
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """What a worker needs to find the study and the parent run."""
+
+    experiment: str
+    storage: str | None
+    parent_run_id: str
+
+    @property
+    def lasting(self) -> bool:
+        return self.storage != "memory"
+
+
+def suggest(trial: optuna.Trial, config: TuneConfig) -> TrainConfig:
+    """Draw the trial's hyperparameters: what the learning rate and the width cost and gain differs by orders."""
+    return config.train_config(
+        learning_rate=trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True),
+        batch_size=trial.suggest_categorical("batch_size", [64, 128, 256]),
+        channels=trial.suggest_int("channels", 4, config.max_channels, step=4),
+        dropout=trial.suggest_float("dropout", 0.0, 0.5),
+    )
+
+
+def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent_run_id: str) -> float:
+    """Train one trial as a child run of the parent and return its best validation accuracy.
+
+    The child ends FINISHED, KILLED (pruned) or FAILED, with Optuna's state in the tag `trial_state`; the weights of
+    its best epoch are its artifact `weights.pt`.
+
+    Raises:
+        optuna.TrialPruned: the pruner gave the trial up.
+    """
+    train = suggest(trial, config)
+    tags = provenance(data, train) | {"study": config.study, "trial_number": str(trial.number), "trial_state": "FAIL"}
+    # parent_run_id as well as nested: in another thread or process there is no active parent to nest in.
+    with (
+        mlflow.start_run(run_name=f"trial {trial.number}", nested=True, parent_run_id=parent_run_id, tags=tags) as run,
+        truthful_status(),
+    ):
+        trial.set_user_attr("run_id", run.info.run_id)
+        mlflow.log_params(train.model_dump())
+        try:
+            value = _fit_trial(trial, train, data)
+        except Exception as error:
+            trial.set_user_attr("error", repr(error))
+            raise
+        mlflow.set_tag("trial_state", "PRUNED" if value is None else "COMPLETE")
+        if value is None:
+            mlflow.end_run("KILLED")  # raised inside the block, TrialPruned would end the run FAILED
+    if value is None:
+        raise optuna.TrialPruned
+    return value
+
+
+def _fit_trial(trial: optuna.Trial, train: TrainConfig, data: FashionData) -> float | None:
+    """Fit the trial's network in the active run; None if it was pruned."""
+    weights, best = {}, 0.0
+    with batched_metrics() as log_metrics:
+        for record in fit(build_model(train), data, train):
+            log_metrics(record.metrics, step=record.step)
+            if "val_accuracy" not in record.metrics:
+                continue
+            if record.weights:
+                weights, best = record.weights, record.metrics["val_accuracy"]
+            trial.report(record.metrics["val_accuracy"], record.epoch)
+            if trial.should_prune():
+                return None
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(weights, Path(folder) / "weights.pt")
+        mlflow.log_artifact(str(Path(folder) / "weights.pt"))
+    return best
+
+
+def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = None) -> Run:
+    """Run the study up to `config.trials` trials in one parent run, and return that run.
+
+    `storage` is a database address of Optuna's, by default a SQLite file of its own beside MLflow's store; a study of
+    that name in it goes on in the same parent run. With `storage="memory"` nothing lasts and threads do the work of
+    processes. Trials whose process died are tried again. The winner, chosen on the validation split, is scored once on
+    the test split.
+
+    Raises:
+        TuneError: the storage is MLflow's, another process runs the study, or no trial was completed.
+    """
+    connect(experiment)
+    study = open_study(config, storage)
+    data = load_data(config.train_config())
+    with _parent_run(study, config, data) as parent, _resumable(config, storage), truthful_status():
+        _optimize(study, config, data, _Workers(experiment, storage, parent.info.run_id))
+        _conclude(study, config, data)
+    return mlflow.get_run(parent.info.run_id)
+
+
+def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
+    """Create the study or load it by its name; arguments as in `tune`.
+
+    Raises:
+        TuneError: the storage is MLflow's own database, or can't be used.
+    """
+    if storage == "memory":
+        opened = None
+    else:
+        opened = _open_storage(storage or sqlite_uri(settings().home / "store" / "optuna.db"))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if config.prune else optuna.pruners.NopPruner()
+    study = optuna.create_study(
+        storage=opened, study_name=config.study, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    # The same seed again would draw the same trials again.
+    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials), multivariate=True)
+    return study
+
+
+def study_figures(study: optuna.Study) -> dict[str, Figure]:
+    """Return Optuna's plots of the study by name; those that need more trials than there are, are left out."""
+    draw = optuna.visualization.matplotlib
+    plots = {
+        "optimization_history": draw.plot_optimization_history,
+        "intermediate_values": draw.plot_intermediate_values,
+        "parallel_coordinate": draw.plot_parallel_coordinate,
+    }
+    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
+        plots["param_importances"] = draw.plot_param_importances
+    return {name: plot(study).figure for name, plot in plots.items()}
+
+
+def _open_storage(address: str) -> RDBStorage:
+    if address == tracking_uri():
+        raise TuneError(f"{address} is MLflow's database: give Optuna one of its own.")
+    try:
+        return RDBStorage(
+            address, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=_give_up
+        )
+    except Exception as error:
+        raise TuneError(f"the study storage {address} can't be opened ({error}): give a database address.") from None
+
+
+def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Close the child run of a trial whose process died, and queue the trial again."""
+    if run_id := trial.user_attrs.get("run_id"):
+        client = MlflowClient()
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_tag(run_id, "error", "its process ended without closing the run")
+            client.set_terminated(run_id, "KILLED")
+    RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
+@contextmanager
+def _parent_run(study: optuna.Study, config: TuneConfig, data: FashionData) -> Iterator[Run]:
+    """Open the study's parent run again, or a new one."""
+    fixed = config.model_dump(exclude={"trials", "workers", "stop_on_error"})
+    begun = study.user_attrs.get("config", fixed)
+    if changed := [name for name in fixed if begun.get(name) != fixed[name]]:
+        raise TuneError(
+            f"study {config.study!r} was begun with {changed[0]} = {begun.get(changed[0])}, not {fixed[changed[0]]}: "
+            "keep it, or give the study another name."
+        )
+    tags = provenance(data) | {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
+    with mlflow.start_run(run_id=study.user_attrs.get("parent_run_id"), run_name=config.study, tags=tags) as parent:
+        if "parent_run_id" not in study.user_attrs:
+            mlflow.log_params(fixed)
+            study.set_user_attr("config", fixed)
+            study.set_user_attr("parent_run_id", parent.info.run_id)
+        yield parent
+
+
+@contextmanager
+def _resumable(config: TuneConfig, storage: str | None) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if storage != "memory":
+            print(f"interrupted: `python -m demo_lib tune --study {config.study}` goes on from here.")
+        raise
+
+
+def remaining(study: optuna.Study, config: TuneConfig) -> int:
+    """Return how many trials are still to do: pruned ones and those that failed by an error count as done."""
+    trials = study.get_trials(deepcopy=False)
+    return config.trials - sum(trial.state in DONE or "error" in trial.user_attrs for trial in trials)
+
+
+def _optimize(study: optuna.Study, config: TuneConfig, data: FashionData, workers: _Workers) -> None:
+    """Run rounds until the study has its trials; a round falls short when a worker dies."""
+    total = config.trials
+    with tqdm(total=total, initial=total - remaining(study, config), unit="trial", disable=None) as bar:
+        while (left := remaining(study, config)) > 0:
+            if workers.lasting:
+                _settle_running_trials(study)
+            if workers.lasting and config.workers > 1:
+                _run_processes(study, config, workers, left, bar)
+            else:
+                _run_threads(study, config, data, workers, left, bar)
+            if remaining(study, config) == left:
+                raise TuneError("no worker finished a trial: run with one worker to see why.")
+
+
+def _run_threads(study, config, data, workers, count, bar) -> None:
+    threads = torch.get_num_threads()
+    jobs = 1 if workers.lasting else config.workers
+    torch.set_num_threads(max(1, threads // jobs))
+    try:
+        study.optimize(
+            lambda trial: run_trial(trial, config, data, workers.parent_run_id),
+            n_trials=count,
+            n_jobs=jobs,
+            catch=() if config.stop_on_error else Exception,
+            callbacks=[lambda study, trial: _show(study, config, bar)],
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_processes(study, config, workers, count, bar) -> None:
+    """Share the trials out among new processes, each with its share of the cores, and wait for them."""
+    context = multiprocessing.get_context("spawn")
+    shares = [count // config.workers + (index < count % config.workers) for index in range(config.workers)]
+    with _environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // config.workers))):
+        processes = [
+            context.Process(target=_work, args=(config, workers, share, index, os.getpid()), daemon=True)
+            for index, share in enumerate(shares)
+            if share
+        ]
+        for process in processes:
+            process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.3)
+            _show(study, config, bar)
+            if config.stop_on_error and any(process.exitcode == FAILED for process in processes):
+                raise TuneError("a trial failed, and stop_on_error is set: its child run has the error.")
+    finally:
+        _stop(processes)
+
+
+def _work(config: TuneConfig, workers: _Workers, count: int, index: int, coordinator: int) -> None:
+    """Be one worker process: run `count` trials of the study, stop when the coordinator is gone."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the coordinator decides
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        connect(workers.experiment)
+        study = open_study(config, workers.storage)
+        study.sampler = optuna.samplers.TPESampler(
+            seed=config.seed + len(study.trials) + 1000 * (index + 1), multivariate=True, constant_liar=True
+        )
+        data = load_data(config.train_config())
+        study.optimize(
+            lambda trial: run_trial(trial, config, data, workers.parent_run_id),
+            n_trials=count,
+            catch=() if config.stop_on_error else Exception,
+            callbacks=[lambda study, trial: study.stop() if os.getppid() != coordinator else None],
+        )
+    except KeyboardInterrupt:
+        return
+    except Exception:
+        if config.stop_on_error:
+            sys.exit(FAILED)
+        raise
+
+
+def _stop(processes: list) -> None:
+    """Ask the workers to end their trials, and kill those that don't in time."""
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(10)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _show(study: optuna.Study, config: TuneConfig, bar: tqdm) -> None:
+    bar.update(config.trials - remaining(study, config) - bar.n)
+    values = [trial.value for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+    if values:
+        bar.set_postfix(best=f"{max(values):.4f}")
+
+
+def _settle_running_trials(study: optuna.Study) -> None:
+    """Give up the running trials of dead processes, at once if they died here, else when they are silent too long."""
+    patience = time.monotonic() + GRACE + 2 * HEARTBEAT
+    while running := study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        for trial in running:
+            run_id = trial.user_attrs.get("run_id")
+            if run_id and died_here(mlflow.get_run(run_id)):
+                study.tell(trial.number, state=TrialState.FAIL)
+                _give_up(study, study.trials[trial.number])
+        optuna.storages.fail_stale_trials(study)
+        if time.monotonic() > patience:
+            raise TuneError(f"study {study.study_name!r} is being run by another process: wait for it, or stop it.")
+        time.sleep(0.2)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> None:
+    """Record the winner on the parent run, score a new one on the test split, log its model and the study's plots."""
+    if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        raise TuneError("no trial was completed: the child runs have the errors.")
+    best = study.best_trial
+    run_id = best.user_attrs["run_id"]
+    mlflow.log_metric("best_val_accuracy", best.value, step=best.number)
+    for name, figure in study_figures(study).items():
+        mlflow.log_figure(figure, f"study/{name}.png")
+        plt.close(figure)
+    if mlflow.get_run(mlflow.active_run().info.run_id).data.tags.get("best_run_id") == run_id:
+        return
+    # Tags, as parameters can't change and a resumed study may find a better trial.
+    mlflow.set_tags(
+        {"best_run_id": run_id, "best_trial": best.number} | {f"best_{k}": v for k, v in best.params.items()}
+    )
+    model = build_model(config.train_config(**best.params))
+    path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="weights.pt")
+    model.load_state_dict(torch.load(path, weights_only=True))
+    log_model(model, "best_model", next(batches(data.test, 2))[0])
+    mlflow.log_metrics({f"test_{name}": value for name, value in evaluate(model, data.test).items()}, step=best.number)
