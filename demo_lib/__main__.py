@@ -1,4 +1,4 @@
-"""Command line: `python -m demo_lib doctor | train | tune | run | ui`, each with `--help`."""
+"""Command line: `python -m demo_lib doctor | train | tune | run | plot | export | ui`, each with `--help`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("--output", type=Path, metavar="DIR", help="folder for executed notebooks (default: build)")
     run.set_defaults(do=_run)
+
+    plot = commands.add_parser("plot", help="draw a run's loss curve and log it to the run")
+    plot.add_argument("run_id", help="the run's id or its first digits")
+    plot.set_defaults(do=lambda given: _plot(given.run_id))
+
+    export = commands.add_parser("export", help="write a run's configuration or its metrics to a file")
+    export.add_argument("run_id", help="the run's id or its first digits")
+    export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
+    export.set_defaults(do=lambda given: _export(given.run_id, given.to))
 
     ui = commands.add_parser("ui", help="open the MLflow UI on the store")
     ui.add_argument("--port", type=int, help="default: DEMO_UI_PORT or 5050")
@@ -125,6 +134,34 @@ def _run(given: argparse.Namespace) -> int:
         print(batch.table(jobs))
     print(f"\nSee the runs in MLflow: {PYTHON} -m demo_lib ui")
     return 0 if all(job.status == "FINISHED" for job in jobs) else 1
+
+
+def _plot(run_id: str) -> int:
+    from demo_lib.plots import loss_curve
+    from demo_lib.runs import find_run, histories
+    from demo_lib.tracking import MlflowClient, open_store, ui_link
+
+    open_store()
+    run = find_run(run_id)
+    history = histories(run.info.run_id, ["train_loss", "val_loss"])
+    if history.empty:
+        raise DemoError(f"run {run.info.run_id} has logged no train_loss and no val_loss: choose another run.")
+    epochs = history[history.metric == "val_loss"].step.tolist()
+    figure = loss_curve(history, epochs, f"Loss of {run.info.run_name}")
+    MlflowClient().log_figure(run.info.run_id, figure, "loss_curve.png")
+    print(f"logged loss_curve.png to run {run.info.run_id}\n{ui_link(run)}")
+    return 0
+
+
+def _export(run_id: str, path: Path) -> int:
+    from demo_lib.runs import export_metrics, export_params
+    from demo_lib.tracking import open_store
+
+    open_store()
+    write = export_params if path.suffix in (".yaml", ".yml") else export_metrics
+    write(run_id, path)
+    print(f"wrote {path}")
+    return 0
 
 
 def _ui(given: argparse.Namespace) -> int:

@@ -1,10 +1,21 @@
 """Matplotlib figures for the lessons; they draw what they are given and ask no store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib import color_sequences
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
+
+# Told apart by colour-blind people and in print: colours, and styles and markers that repeat only after 36 lines.
+COLORS = color_sequences["petroff8" if "petroff8" in color_sequences else "petroff10"]
+STYLES = ["-", "--", "-.", ":"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "p"]
+LOG_FACTOR = 30  # a parameter that spans more has a logarithmic axis
 
 
 def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figure:
@@ -17,3 +28,143 @@ def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figur
         axis.imshow(image.squeeze(0).numpy(), cmap="gray_r")
         axis.set_title(title, fontsize=9)
     return figure
+
+
+def loss_curve(history: pd.DataFrame, epochs: pd.DataFrame | Sequence[int], title: str) -> Figure:
+    """Draw one run's `train_loss` by optimizer step, a thin line at each epoch's end and the `val_loss` there.
+
+    `history` has the columns run_id, metric, step, value. `epochs` are the steps where epochs end, or a frame in the
+    form of `history` with the `val_loss` at these steps.
+
+    Raises:
+        ValueError: `history` has no `train_loss`, or holds more than one run.
+    """
+    train = _metric(history, "train_loss")
+    if train["run_id"].nunique() > 1:
+        raise ValueError("a loss curve shows one run: select the rows of one run_id.")
+    if isinstance(epochs, pd.DataFrame):
+        validation = epochs[epochs["metric"] == "val_loss"]
+        ends = validation["step"]
+    else:
+        ends = list(epochs)
+        validation = history[(history["metric"] == "val_loss") & history["step"].isin(ends)]
+    figure, axis = _axes(title)
+    axis.plot(train["step"], train["value"], color=COLORS[0], label="train_loss")
+    if len(validation):
+        axis.plot(validation["step"], validation["value"], "s--", color=COLORS[1], label="val_loss")
+    for number, end in enumerate(ends):
+        axis.axvline(end, color="0.8", linewidth=0.8, zorder=0, label=None if number else "end of an epoch")
+    _label(axis, "cross-entropy")
+    return figure
+
+
+def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str) -> Figure:
+    """Draw the metric by optimizer step, one line a run, named by `labels` (run_id to text) or else by its run_id.
+
+    `history` has the columns run_id, metric, step, value.
+
+    Raises:
+        ValueError: `history` has no points of the metric.
+    """
+    points = _metric(history, metric)
+    figure, axis = _axes(metric)
+    for number, (run_id, line) in enumerate(points.groupby("run_id", sort=False)):
+        axis.plot(
+            line["step"],
+            line["value"],
+            color=COLORS[number % len(COLORS)],
+            linestyle=STYLES[number % len(STYLES)],
+            marker=MARKERS[number % len(MARKERS)],
+            markevery=max(1, len(line) // 10),
+            label=labels.get(run_id, run_id[:8]),
+        )
+    _label(axis, metric)
+    return figure
+
+
+def parallel_coordinates(runs: pd.DataFrame, params: list[str], metric: str) -> Figure:
+    """Draw one line a run across an axis for each parameter, coloured by the metric.
+
+    `runs` has the columns `params.*` and `metrics.*`. Axes are logarithmic for parameters that span more than a
+    factor 30, and list the values of those that are texts. Runs that lack a parameter or the metric are left out.
+
+    Raises:
+        ValueError: there is no run to draw, a column is missing, or there are fewer than two parameters.
+    """
+    complete = _complete(runs, [f"params.{name}" for name in params], f"metrics.{metric}")
+    figure, axis = _axes(f"{len(complete)} runs by {metric}")
+    heights, names = [], []
+    for place, name in enumerate(params):
+        values = complete[f"params.{name}"]
+        height, ticks, kind = _scale(values)
+        heights.append(height)
+        names.append(name + kind)
+        _draw_scale(axis, place, ticks)
+    places = np.broadcast_to(np.arange(len(params)), (len(complete), len(params)))
+    lines = LineCollection(np.dstack([places, np.transpose(heights)]), cmap="cividis", alpha=0.8)
+    lines.set_array(complete[f"metrics.{metric}"].to_numpy())
+    axis.add_collection(lines)
+    axis.set(xticks=range(len(params)), xticklabels=names, yticks=[], xlim=(-0.3, len(params) - 0.5), ylim=(-0.1, 1.1))
+    axis.tick_params(bottom=False, pad=10)
+    axis.spines[:].set_visible(False)
+    figure.colorbar(lines, ax=axis, label=metric)
+    return figure
+
+
+def _axes(title: str) -> tuple[Figure, Axes]:
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure.set_facecolor("white")  # opaque, so that it can be read on a dark page too
+    axis.set_facecolor("white")
+    axis.set_title(title)
+    return figure, axis
+
+
+def _label(axis: Axes, quantity: str) -> None:
+    axis.set(xlabel="optimizer step", ylabel=quantity)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _metric(history: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the rows of the metric."""
+    rows = history[history["metric"] == metric] if len(history) else history
+    if rows.empty:
+        raise ValueError(f"there is no point of {metric} to draw: check the run ids and the metric's name.")
+    return rows
+
+
+def _complete(runs: pd.DataFrame, params: list[str], metric: str) -> pd.DataFrame:
+    """Return the rows that have all the parameters and the metric."""
+    if runs.empty:
+        raise ValueError("there is no run to draw: the frame is empty.")
+    if len(params) < 2:
+        raise ValueError("parallel coordinates need two parameters or more.")
+    if missing := [column for column in [*params, metric] if column not in runs]:
+        raise ValueError(f"the runs have no column {missing[0]}; they have {', '.join(map(str, runs))}.")
+    complete = runs.dropna(subset=[*params, metric])
+    if complete.empty:
+        raise ValueError(f"there is no run to draw: none has all of {', '.join([*params, metric])}.")
+    return complete
+
+
+def _scale(values: pd.Series) -> tuple[np.ndarray, dict[float, str], str]:
+    """Return heights from 0 to 1, the texts to write at some heights, and what to add to the parameter's name."""
+    if not pd.api.types.is_numeric_dtype(values):
+        texts = sorted(values.unique())
+        at = dict(zip(texts, np.linspace(0, 1, len(texts)) if len(texts) > 1 else [0.5], strict=True))
+        return values.map(at).to_numpy(float), {height: str(text) for text, height in at.items()}, ""
+    low, high = values.min(), values.max()
+    if low == high:
+        return np.full(len(values), 0.5), {0.5: f"{low:.5g}"}, ""
+    ticks = {0.0: f"{low:.5g}", 1.0: f"{high:.5g}"}
+    if low > 0 and high / low > LOG_FACTOR:
+        return np.log(values / low).to_numpy() / np.log(high / low), ticks, "\n(log scale)"
+    return ((values - low) / (high - low)).to_numpy(), ticks, ""
+
+
+def _draw_scale(axis: Axes, place: int, ticks: Mapping[float, str]) -> None:
+    """Draw a parameter's axis; its ends are written below and above, so that no line crosses them."""
+    axis.axvline(place, color="0.3", linewidth=1, ymin=0.1 / 1.2, ymax=1.1 / 1.2)
+    ends = {0.0: {"y": -0.03, "va": "top", "ha": "center"}, 1.0: {"y": 1.03, "va": "bottom", "ha": "center"}}
+    for height, text in ticks.items():
+        position = ends.get(height, {"y": height, "va": "center", "ha": "left"})
+        axis.text(x=place, s=text if height in ends else f" {text}", **position)

@@ -59,18 +59,27 @@ def connect(experiment: str) -> Experiment:
     Raises:
         TrackingError: the server doesn't answer, or the store or the experiment can't be used.
     """
-    uri = tracking_uri()
-    location = None
-    if (database := sqlite_file(uri)) is not None:
-        location = _artifact_root(database) / experiment
-        _create_store(uri, database)
-    elif uri.startswith("http"):
-        _ask_server(uri)
-    mlflow.set_tracking_uri(uri)
-    found = _get_or_create(experiment, location.as_uri() if location else None)
+    database = sqlite_file(open_store())
+    location = (_artifact_root(database) / experiment).as_uri() if database else None
+    found = _get_or_create(experiment, location)
     mlflow.set_experiment(experiment_id=found.experiment_id)
     close_stale_runs([found.experiment_id])
     return found
+
+
+def open_store() -> str:
+    """Choose the tracking store as `connect` does, without an experiment, and return its address.
+
+    Raises:
+        TrackingError: the server doesn't answer, or the store can't be made.
+    """
+    uri = tracking_uri()
+    if (database := sqlite_file(uri)) is not None:
+        _create_store(database)
+    elif uri.startswith("http"):
+        _ask_server(uri)
+    mlflow.set_tracking_uri(uri)
+    return uri
 
 
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
@@ -267,7 +276,7 @@ def serve_ui(port: int) -> int:
     database = sqlite_file(uri)
     options = []
     if database is not None:
-        _create_store(uri, database)
+        _create_store(database)
         options = ["--artifacts-destination", str(_artifact_root(database))]
     print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
     # One worker and no job runner: two processes instead of a dozen.
@@ -356,7 +365,7 @@ def _artifact_root(database: Path) -> Path:
     return database.parent / "artifacts"
 
 
-def _create_store(uri: str, database: Path) -> None:
+def _create_store(database: Path) -> None:
     """Make the database under another name and rename it: a store is there whole or not at all.
 
     MLflow's own first start migrates step by step, and processes that start together break each other's migrations.

@@ -145,7 +145,9 @@ def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
     if storage == "memory":
         opened = None
     else:
-        opened = _open_storage(storage or sqlite_uri(settings().home / "store" / "optuna.db"))
+        own = settings().home / "store" / "optuna.db"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        opened = _open_storage(storage or sqlite_uri(own))
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if config.prune else optuna.pruners.NopPruner()
     study = optuna.create_study(
         storage=opened, study_name=config.study, direction="maximize", pruner=pruner, load_if_exists=True
@@ -165,7 +167,9 @@ def study_figures(study: optuna.Study) -> dict[str, Figure]:
     }
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
         plots["param_importances"] = draw.plot_param_importances
-    return {name: plot(study).figure for name, plot in plots.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the plots are experimental, and that an axis has one value only
+        return {name: plot(study).figure for name, plot in plots.items()}
 
 
 def _open_storage(address: str) -> RDBStorage:

@@ -29,6 +29,9 @@ OTHER = {
     "log_every": 7,
     "seed": 4,
     "device": "cpu",
+    "trials": 5,
+    "max_channels": 8,
+    "study": "other",
 }
 
 
@@ -154,7 +157,65 @@ def check_models_reload(models, params, run):
     assert sum(right).item() / len(data.test) == pytest.approx(run.data.metrics["test_accuracy"], abs=1e-6)
 
 
-CHECKS = {"00_start_here": check_lesson_00, "01_track_a_run": check_lesson_01}
+def families(experiment):
+    """Return {parent's name: (parent, its children)} of an experiment, and the names of runs with no family."""
+    found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+    top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    of = {run.info.run_id: [] for run in top}
+    for run in found:
+        if parent := run.data.tags.get("mlflow.parentRunId"):
+            of[parent].append(run)
+    return {run.info.run_name: (run, of[run.info.run_id]) for run in top}
+
+
+def check_lesson_02(params):
+    tree = families("02_tune_with_nested_runs")
+    parent, children = tree["by hand"]
+    assert len(children) == params["trials"]
+    assert {run.info.status for run in children} <= {"FINISHED", "KILLED"}
+    assert parent.info.status == "FINISHED"
+    winner = mlflow.get_run(parent.data.tags["best_run_id"])
+    assert winner.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert parent.data.metrics["best_val_accuracy"] == winner.data.metrics["val_accuracy"]
+    assert winner.data.params["learning_rate"] == parent.data.tags["best_learning_rate"]
+    assert all(int(run.data.params["channels"]) <= params["max_channels"] for run in children)
+    plots = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "study")}
+    assert {"study/optimization_history.png", "study/parallel_coordinate.png"} <= plots
+    assert len(tree["parallel, right"][1]) == 6 and not tree["parallel, wrong"][1]
+    assert len([name for name in tree if name.startswith("toy ")]) >= 1
+    (name,) = [name for name in tree if name.startswith(f"{params['study']}-")]
+    resumed, trials = tree[name]
+    done = [run for run in trials if run.data.tags["trial_state"] in ("COMPLETE", "PRUNED")]
+    assert resumed.info.status == "FINISHED" and len(done) == 4
+    assert not [run for _, (top, below) in tree.items() for run in (top, *below) if run.info.status == "RUNNING"]
+
+
+def check_lesson_03(params):
+    tree = families("03_query_and_plot_runs")
+    parent, children = tree["queried"]
+    assert parent.info.status == "FINISHED" and len(children) == params["trials"]
+    best = max(children, key=lambda run: run.data.metrics["val_accuracy"])
+    files = {run.info.run_id: MlflowClient().list_artifacts(run.info.run_id) for run in children}
+    plotted = [run for run in children if "loss_curve.png" in {file.path for file in files[run.info.run_id]}]
+    assert len(plotted) == 1
+    assert plotted[0].data.metrics["val_accuracy"] == best.data.metrics["val_accuracy"]
+    baseline = families("01_track_a_run")["baseline"][0]
+    assert TrainConfig.from_params(baseline.data.params) == TrainConfig.from_params(plotted[0].data.params)
+    client = MlflowClient()
+    for metric in ("train_loss", "val_loss"):
+        first, second = (
+            [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
+            for run in (plotted[0], baseline)
+        )
+        assert first == second
+
+
+CHECKS = {
+    "00_start_here": check_lesson_00,
+    "01_track_a_run": check_lesson_01,
+    "02_tune_with_nested_runs": check_lesson_02,
+    "03_query_and_plot_runs": check_lesson_03,
+}
 
 
 def params_of(name):
@@ -184,7 +245,7 @@ def test_a_lesson_runs_with_its_defaults_under_nbval_twice(name, home):
         assert done.returncode == 0, done.stdout[-3000:]
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
     runs = mlflow.search_runs(experiment_names=[name], output_format="list")
-    assert len([run for run in runs if run.info.status == "FINISHED"]) == 2
+    assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
 
 
 @pytest.mark.parametrize("name", NAMES)

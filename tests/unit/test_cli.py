@@ -1,6 +1,7 @@
 """The command line, as a user calls it: in a process of its own."""
 
 import mlflow
+import pandas as pd
 import pytest
 
 QUICK = ["--train-images", 600, "--epochs", 1, "--channels", 4, "--device", "cpu"]
@@ -35,6 +36,9 @@ def test_train_logs_what_was_asked_for(home, cli, tmp_path):
         (["run", "01", "-p", "epochs", "x"], "parameter epochs = 'x' must be of type int."),
         (["run", "-f", "none.yaml"], "none.yaml can't be read"),
         (["run", "--jobs", "-1"], "--jobs -1 is not allowed"),
+        (["export", "zz", "--to", "a.csv"], "'zz' is no run id (4 to 32 digits and letters a-f)"),
+        (["plot", "ffffffff"], "has no runs yet"),
+        (["tune", "--trials", "0"], "trials = '0' is not allowed: it must be a whole number from 1 to 10000."),
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
@@ -43,6 +47,28 @@ def test_bad_input_is_one_sentence_and_exit_code_2(cli, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 6
+
+
+def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(home, cli, tmp_path):
+    assert cli("train", *QUICK).returncode == 0
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    (first,) = mlflow.search_runs(experiment_names=["train"], output_format="list")
+    prefix = first.info.run_id[:6]
+    assert "logged loss_curve.png" in cli("plot", prefix).stdout
+    assert "loss_curve.png" in {file.path for file in mlflow.artifacts.list_artifacts(run_id=first.info.run_id)}
+    for name in ("again.yaml", "metrics.csv", "metrics.parquet"):
+        assert cli("export", prefix, "--to", tmp_path / name).returncode == 0
+    assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(pd.read_parquet(tmp_path / "metrics.parquet"))
+    refused = cli("export", prefix, "--to", tmp_path / "metrics.doc")
+    assert refused.returncode == 2 and ".csv, .parquet or, for the configuration, .yaml" in refused.stderr
+    assert cli("train", "--config", tmp_path / "again.yaml").returncode == 0
+    second = mlflow.search_runs(experiment_names=["train"], output_format="list")[0]
+    assert second.info.run_id != first.info.run_id
+    losses = [
+        [(point.step, point.value) for point in mlflow.MlflowClient().get_metric_history(run.info.run_id, "train_loss")]
+        for run in (first, second)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_help_lists_every_field_with_its_default(cli):

@@ -1,8 +1,43 @@
 """The figures show what they are given."""
 
-from demo_lib.plots import image_grid
+import subprocess
+import sys
 
+from demo_lib.plots import compare_curves, image_grid, loss_curve, parallel_coordinates
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def no_figures():
+    yield
+    plt.close("all")
+
+
+def history(run_id, metric, steps, values):
+    return pd.DataFrame({"run_id": run_id, "metric": metric, "step": steps, "value": values})
+
+
+TRAIN = history("a" * 32, "train_loss", [10, 20, 30, 40], [0.9, 0.7, 0.6, 0.5])
+VALIDATION = history("a" * 32, "val_loss", [20, 40], [0.8, 0.55])
+EMPTY = TRAIN.iloc[:0]
+
+
+def lines_of(figure):
+    return {line.get_label(): line for line in figure.axes[0].lines}
+
+
+def points_of(line):
+    return list(zip(*map(list, line.get_data()), strict=True))
+
+
+def test_the_room_does_not_load_mlflow():
+    code = "import demo_lib.plots, sys; assert not {'mlflow', 'optuna'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_image_grid_draws_each_image_under_its_title():
@@ -12,3 +47,106 @@ def test_image_grid_draws_each_image_under_its_title():
     assert [axis.get_title() for axis in drawn] == [f"image {index}" for index in range(7)]
     assert [int(axis.images[0].get_array()[0, 0]) for axis in drawn] == list(range(7))
     assert len(figure.axes) == 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs"), [(pd.concat([TRAIN, VALIDATION]), [20, 40]), (TRAIN, VALIDATION)], ids=["steps", "frame"]
+)
+def test_loss_curve_shows_both_losses_and_where_epochs_end(rows, epochs):
+    figure = loss_curve(rows, epochs, "baseline")
+    axis, lines = figure.axes[0], lines_of(figure)
+    assert points_of(lines["train_loss"]) == [(10, 0.9), (20, 0.7), (30, 0.6), (40, 0.5)]
+    assert points_of(lines["val_loss"]) == [(20, 0.8), (40, 0.55)] and lines["val_loss"].get_marker() == "s"
+    vertical = [line.get_xdata()[0] for line in axis.lines if list(line.get_ydata()) == [0, 1]]
+    assert vertical == [20, 40]
+    assert (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) == ("baseline", "optimizer step", "cross-entropy")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["train_loss", "val_loss", "end of an epoch"]
+
+
+def test_loss_curve_of_a_run_that_ended_within_its_first_epoch_has_no_val_loss():
+    assert set(lines_of(loss_curve(TRAIN, [], "short"))) == {"train_loss"}
+
+
+def test_loss_curve_refuses_two_runs_and_nothing():
+    with pytest.raises(ValueError, match="shows one run"):
+        loss_curve(pd.concat([TRAIN, TRAIN.assign(run_id="b" * 32)]), [], "two")
+    for nothing in (EMPTY, VALIDATION, pd.DataFrame()):
+        with pytest.raises(ValueError, match="no point of train_loss to draw"):
+            loss_curve(nothing, [20], "none")
+
+
+def test_compare_curves_draws_one_line_a_run_told_apart_without_colour():
+    ids = [f"{number:032x}" for number in range(12)]
+    rows = pd.concat([history(run_id, "val_loss", [1, 2, 3], [place, 1, 0]) for place, run_id in enumerate(ids)])
+    labels = {run_id: f"run {place}" for place, run_id in enumerate(ids[:11])}
+    figure = compare_curves(pd.concat([rows, TRAIN]), labels, "val_loss")
+    axis, lines = figure.axes[0], lines_of(figure)
+    assert list(lines) == [*labels.values(), ids[11][:8]]
+    assert points_of(lines["run 7"]) == [(1, 7), (2, 1), (3, 0)]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axis.lines}) == 12
+    assert len({line.get_color() for line in axis.lines[:8]}) == 8
+    assert len(axis.get_legend().get_texts()) == 12 and axis.get_ylabel() == "val_loss"
+    assert figure.get_facecolor() == (1, 1, 1, 1) == axis.get_facecolor()
+
+
+def test_compare_curves_marks_about_ten_points_of_a_long_line():
+    figure = compare_curves(history("a" * 32, "loss", range(5000), range(5000)), {}, "loss")
+    assert figure.axes[0].lines[0].get_markevery() == 500 and len(figure.axes[0].lines[0].get_xdata()) == 5000
+
+
+def test_compare_curves_refuses_an_empty_frame_and_an_unknown_metric():
+    for rows, metric in ((EMPTY, "val_loss"), (TRAIN, "val_los")):
+        with pytest.raises(ValueError, match=f"no point of {metric} to draw"):
+            compare_curves(rows, {}, metric)
+
+
+RUNS = pd.DataFrame(
+    {
+        "params.learning_rate": [0.001, 0.01, 0.1, 0.05],
+        "params.channels": [8, 16, 24, 16],
+        "params.flip": ["True", "False", "True", "False"],
+        "params.epochs": [2, 2, 2, 2],
+        "metrics.val_accuracy": [0.7, 0.9, 0.8, np.nan],
+    }
+)
+
+
+def test_parallel_coordinates_puts_each_run_on_each_scale():
+    figure = parallel_coordinates(RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy")
+    axis, bar = figure.axes
+    (lines,) = axis.collections
+    segments = np.array(lines.get_segments())
+    assert segments[:, :, 0].tolist() == [[0, 1, 2, 3]] * 3  # the run without val_accuracy is left out
+    np.testing.assert_allclose(segments[:, :, 1], [[0, 0, 1, 0.5], [0.5, 0.5, 0, 0.5], [1, 1, 1, 0.5]], atol=1e-12)
+    assert lines.get_array().tolist() == [0.7, 0.9, 0.8] and lines.get_cmap().name == "cividis"
+    assert bar.get_ylabel() == "val_accuracy" and axis.get_title() == "3 runs by val_accuracy"
+
+
+def test_parallel_coordinates_writes_real_values_at_the_ends():
+    axis = parallel_coordinates(RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy").axes[0]
+    names = [label.get_text() for label in axis.get_xticklabels()]
+    assert names == ["learning_rate\n(log scale)", "channels", "flip", "epochs"]
+    ends = {(text.get_position()[0], text.get_text().strip(), text.get_va()) for text in axis.texts}
+    assert ends == {
+        (0, "0.001", "top"),
+        (0, "0.1", "bottom"),
+        (1, "8", "top"),
+        (1, "24", "bottom"),
+        (2, "False", "top"),
+        (2, "True", "bottom"),
+        (3, "2", "center"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "params", "message"),
+    [
+        (RUNS.iloc[:0], ["learning_rate", "channels"], "the frame is empty"),
+        (RUNS.iloc[3:], ["learning_rate", "channels"], "none has all of"),
+        (RUNS, ["learning_rate", "width"], "no column params.width; they have params.learning_rate"),
+        (RUNS, ["learning_rate"], "two parameters or more"),
+    ],
+)
+def test_parallel_coordinates_says_why_it_cannot_draw(rows, params, message):
+    with pytest.raises(ValueError, match=message):
+        parallel_coordinates(rows, params, "val_accuracy")

@@ -1,0 +1,226 @@
+"""Studies: family trees as the store shows them, every state, interruption, death of a worker, resumption."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+from demo_lib import tuning
+from demo_lib.config import TuneConfig
+from demo_lib.tuning import TuneError, open_study, tune
+
+import mlflow
+import optuna
+import pytest
+from mlflow import MlflowClient
+
+from tests.tools.processes import normal_interrupt
+
+TINY = {"train_images": 300, "epochs": 2, "max_channels": 4, "device": "cpu", "prune": False}
+ENDS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+
+
+def config(**values):
+    return TuneConfig(**TINY | values)
+
+
+def family(experiment="tune"):
+    """Return the parents, and the children by trial number, of all runs of the experiment."""
+    client = MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    numbered = {int(run.data.tags["trial_number"]): run for run in children}
+    assert len(numbered) == len(children), "two children of one trial"
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {run.info.run_id for run in parents}
+    return parents, numbered
+
+
+def check_study(home, name, trials):
+    """Exactly `trials` finished-or-pruned trials, one child each, one parent, nothing left running."""
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{home}/store/optuna.db")
+    states = Counter(trial.state.name for trial in study.trials)
+    assert states["COMPLETE"] + states["PRUNED"] == trials and not states["RUNNING"] and not states["WAITING"]
+    parents, children = family()
+    parents = [run for run in parents if run.data.tags["study"] == name]
+    assert len(parents) == 1
+    mine = {number: run for number, run in children.items() if run.data.tags["study"] == name}
+    assert sorted(mine) == [trial.number for trial in study.trials]
+    assert not [run for run in mine.values() if run.info.status == "RUNNING"]
+    return study, parents[0], mine
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "demo_lib", "tune", "--no-prune", "--train-images", "600", "--epochs", "3"]
+    return subprocess.Popen(
+        [*command, "--device", "cpu", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=normal_interrupt,
+    )
+
+
+def await_children(count):
+    """Wait until so many trials have begun and one is running."""
+    patience = time.monotonic() + 90
+    while time.monotonic() < patience:
+        if MlflowClient().get_experiment_by_name("tune"):
+            children = family()[1].values()
+            if len(children) >= count and any(run.info.status == "RUNNING" for run in children):
+                return
+        time.sleep(0.1)
+    raise AssertionError("the study does not start")
+
+
+@pytest.mark.parametrize(("workers", "storage"), [(1, None), (4, "memory"), (3, None)])
+def test_the_family_is_right_in_one_process_in_threads_and_in_processes(home, workers, storage):
+    parent = tune(config(trials=6, workers=workers), storage=storage)
+    parents, children = family()
+    assert [run.info.run_id for run in parents] == [parent.info.run_id]
+    assert sorted(children) == list(range(6))
+    for run in children.values():
+        assert (run.info.status, run.data.tags["trial_state"]) == ("FINISHED", "COMPLETE")
+        assert {"learning_rate", "batch_size", "channels", "dropout"} <= run.data.params.keys()
+        assert len(MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")) == 2
+    best = max(children.values(), key=lambda run: run.data.metrics["val_accuracy"])
+    tags, metrics = parent.data.tags, parent.data.metrics
+    winner = children[int(tags["best_trial"])]
+    assert tags["best_run_id"] == winner.info.run_id
+    assert metrics["best_val_accuracy"] >= best.data.metrics["val_accuracy"]
+    assert tags["best_learning_rate"] == winner.data.params["learning_rate"]
+    assert 0 < metrics["test_accuracy"] < 1
+    (model,) = mlflow.search_logged_models([parent.info.experiment_id], output_format="list")
+    assert model.source_run_id == parent.info.run_id and model.name == "best_model"
+    assert {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "study")} == {
+        f"study/{name}.png"
+        for name in ("optimization_history", "intermediate_values", "parallel_coordinate", "param_importances")
+    }
+
+
+def test_every_state_of_a_trial_is_the_state_of_its_run(home, monkeypatch):
+    def objective(trial, train, data):
+        if trial.number == 1:
+            return None
+        if trial.number == 2:
+            raise ZeroDivisionError("no images")
+        return real(trial, train, data)
+
+    real = tuning._fit_trial
+    monkeypatch.setattr(tuning, "_fit_trial", objective)
+    parent = tune(config(trials=4), storage="memory")
+    assert parent.info.status == "FINISHED"
+    children = family()[1]
+    states = [children[number].data.tags["trial_state"] for number in range(4)]
+    assert states == ["COMPLETE", "PRUNED", "FAIL", "COMPLETE"]
+    assert [children[number].info.status for number in range(4)] == [ENDS[state] for state in states]
+    assert children[2].data.tags["error"] == "ZeroDivisionError: no images"
+
+
+def test_an_error_ends_the_study_if_asked(home, monkeypatch):
+    monkeypatch.setattr(tuning, "_fit_trial", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune(config(trials=3, stop_on_error=True), storage="memory")
+    parents, children = family()
+    assert parents[0].info.status == "FAILED" and len(children) == 1
+
+
+def test_a_study_of_errors_says_so(home, monkeypatch):
+    monkeypatch.setattr(tuning, "_fit_trial", lambda *args: 1 / 0)
+    with pytest.raises(TuneError, match="no trial was completed"):
+        tune(config(trials=2), storage="memory")
+    assert family()[0][0].info.status == "FAILED"
+
+
+def test_bad_trials_are_pruned(home):
+    tune(config(trials=14, epochs=4, train_images=600, prune=True), storage="memory")
+    states = Counter(run.data.tags["trial_state"] for run in family()[1].values())
+    assert states["PRUNED"] and states["COMPLETE"] >= 5
+
+
+def test_a_study_goes_on_in_the_same_parent_run(home):
+    first = tune(config(trials=2, study="on"))
+    second = tune(config(trials=5, study="on"))
+    assert second.info.run_id == first.info.run_id
+    study, parent, _ = check_study(home, "on", 5)
+    assert parent.info.status == "FINISHED"
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 5
+    assert tune(config(trials=5, study="on")).info.run_id == first.info.run_id
+    check_study(home, "on", 5)
+
+
+def test_a_study_does_not_go_on_with_another_configuration(home):
+    tune(config(trials=1, study="on"))
+    with pytest.raises(TuneError, match=r"study 'on' was begun with epochs = 2, not 1: keep it, or give"):
+        tune(config(trials=2, study="on", epochs=1))
+
+
+def test_two_studies_at_once_keep_apart(home):
+    processes = [start("--study", name, "--trials", "3") for name in ("a", "b")]
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    client = MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name("tune").experiment_id])
+    parents = {run.info.run_id: run.data.tags["study"] for run in found if "mlflow.parentRunId" not in run.data.tags}
+    assert sorted(parents.values()) == ["a", "b"]
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    assert Counter(run.data.tags["study"] for run in children) == {"a": 3, "b": 3}
+    assert all(parents[run.data.tags["mlflow.parentRunId"]] == run.data.tags["study"] for run in children)
+
+
+def test_mlflows_database_is_refused(home):
+    mlflow_database = f"sqlite:///{home}/store/mlflow.db"
+    with pytest.raises(TuneError, match="is MLflow's database: give Optuna one of its own"):
+        open_study(config(), mlflow_database)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    process = start("--study", "c", "--trials", "6", "--workers", workers)
+    await_children(2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert "tune --study c` goes on from here" in output
+    parents, children = family()
+    assert [run.info.status for run in parents] == ["KILLED"]
+    assert {run.info.status for run in children.values()} <= {"KILLED", "FINISHED"}
+    assert "KILLED" in {run.info.status for run in children.values()}
+    again = start("--study", "c", "--trials", "6", "--workers", workers)
+    output, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    assert re.search(r"best of 6 trials", output)
+    assert check_study(home, "c", 6)[1].info.status == "FINISHED"
+
+
+def test_a_killed_worker_costs_nothing(home):
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    process = start("--study", "k", "--trials", "6", "--workers", "2")
+    await_children(2)
+    running = [run for run in family()[1].values() if run.info.status == "RUNNING"]
+    os.kill(int(running[0].data.tags["process"].split(":")[-2]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    study, parent, children = check_study(home, "k", 6)
+    assert parent.info.status == "FINISHED" and len(study.trials) == 7
+    assert children[int(running[0].data.tags["trial_number"])].info.status == "KILLED"
+
+
+def test_a_study_killed_whole_goes_on(home):
+    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    process = start("--study", "w", "--trials", "4")
+    await_children(1)
+    process.kill()
+    process.wait(30)
+    again = start("--study", "w", "--trials", "4")
+    _, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    _, parent, _ = check_study(home, "w", 4)
+    assert parent.info.status == "FINISHED"
