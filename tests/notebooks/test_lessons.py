@@ -227,25 +227,26 @@ def test_every_lesson_has_a_check():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_with_other_parameters_and_the_store_shows_it(name, home, tmp_path, monkeypatch):
+def test_a_lesson_runs_with_other_parameters_as_the_store_shows_and_again_under_nbval(
+    name, home, tmp_path, monkeypatch
+):
     executed = run_lesson(name, tmp_path, params_of(name))
     red = [output.text for output in outputs(executed) if output.get("name") == "stderr"]
     assert not red
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store/mlflow.db")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     CHECKS[name](params_of(name))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_with_its_defaults_under_nbval_twice(name, home):
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:]
-    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+    run_under_nbval(name)
     runs = mlflow.search_runs(experiment_names=[name], output_format="list")
     assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
+
+
+def run_under_nbval(name):
+    """Run the lesson with its defaults, in the notebook's folder and on what the store has by then."""
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("name", NAMES)
