@@ -76,7 +76,25 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
         optuna.TrialPruned: the pruner gave the trial up.
     """
     train = suggest(trial, config)
-    tags = provenance(data, train) | {"study": config.study, "trial_number": str(trial.number), "trial_state": "FAIL"}
+    try:
+        value = _run_child(trial, config.study, train, data, parent_run_id)
+    except BaseException as error:
+        # Optuna counts an interrupted trial as failed, even where its run had got as far as its last line.
+        if run_id := trial.user_attrs.get("run_id"):
+            MlflowClient().set_tag(run_id, "trial_state", "FAIL")
+        if isinstance(error, Exception):
+            trial.set_user_attr("error", repr(error))
+        raise
+    if value is None:
+        raise optuna.TrialPruned
+    return value
+
+
+def _run_child(
+    trial: optuna.Trial, study: str, train: TrainConfig, data: FashionData, parent_run_id: str
+) -> float | None:
+    """Train in a child run and return the best validation accuracy, None if the trial was pruned."""
+    tags = provenance(data, train) | {"study": study, "trial_number": str(trial.number), "trial_state": "FAIL"}
     # parent_run_id as well as nested: in another thread or process there is no active parent to nest in.
     with (
         mlflow.start_run(run_name=f"trial {trial.number}", nested=True, parent_run_id=parent_run_id, tags=tags) as run,
@@ -84,16 +102,10 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
     ):
         trial.set_user_attr("run_id", run.info.run_id)
         mlflow.log_params(train.model_dump())
-        try:
-            value = _fit_trial(trial, train, data)
-        except Exception as error:
-            trial.set_user_attr("error", repr(error))
-            raise
+        value = _fit_trial(trial, train, data)
         mlflow.set_tag("trial_state", "PRUNED" if value is None else "COMPLETE")
         if value is None:
             mlflow.end_run("KILLED")  # raised inside the block, TrialPruned would end the run FAILED
-    if value is None:
-        raise optuna.TrialPruned
     return value
 
 
