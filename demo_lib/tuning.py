@@ -10,11 +10,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_lib.config import DemoError, TrainConfig, TuneConfig, settings, sqlite_uri, tracking_uri
+from demo_lib.config import DemoError, TrainConfig, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
 from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
 from demo_lib.tracking import batched_metrics, connect, died_here, log_model, provenance, truthful_status
@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import mlflow
 import optuna
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -187,10 +188,13 @@ def study_figures(study: optuna.Study) -> dict[str, Figure]:
 def _open_storage(address: str) -> RDBStorage:
     if address == tracking_uri():
         raise TuneError(f"{address} is MLflow's database: give Optuna one of its own.")
+    database = sqlite_file(address)
+    lock = nullcontext() if database is None else FileLock(database.with_name(f".{database.name}.lock"))
     try:
-        return RDBStorage(
-            address, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=_give_up
-        )
+        with lock:  # processes that open a new SQLite file together break each other's first tables
+            return RDBStorage(
+                address, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=_give_up
+            )
     except Exception as error:
         raise TuneError(f"the study storage {address} can't be opened ({error}): give a database address.") from None
 
