@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 .PHONY: run test lab ui lint lock clean
 
 run: $(INSTALLED)
-	$(BIN)/python -m demo_lib run -f notebooks/params/quick.yaml
+	$(BIN)/python -m demo_lib run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
