@@ -8,13 +8,16 @@ endif
 PYTHON ?= python3
 INSTALLED := .venv/.installed
 
-.PHONY: run test lab ui lint lock clean
+.PHONY: run test bench lab ui lint lock clean
 
 run: $(INSTALLED)
 	$(BIN)/python -m demo_lib run
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+bench: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench
 
 lab: $(INSTALLED)
 	$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb
