@@ -1,8 +1,8 @@
 """The small library behind the lessons of the MLflow demo series.
 
 Importing it sets defaults for a quiet MLflow, each of which the environment overrides: warnings instead of log lines,
-no progress bar for artifacts, no hints for coding agents, and no usage telemetry to MLflow's makers. MLflow reads
-some of them when it is imported, so import `demo_lib` first.
+no progress bar for artifacts, no hints for coding agents, and no usage telemetry to MLflow's makers; and one for
+PyTorch. Both libraries read them when they are imported, so import `demo_lib` first.
 """
 
 import os
@@ -13,6 +13,7 @@ for _name, _value in {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "OMP_WAIT_POLICY": "PASSIVE",  # waiting threads that spin make training many times slower on a busy machine
     "GIT_PYTHON_REFRESH": "quiet",  # a machine without git still imports MLflow and loses only the commit
 }.items():
     os.environ.setdefault(_name, _value)

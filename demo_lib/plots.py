@@ -53,7 +53,7 @@ def loss_curve(history: pd.DataFrame, epochs: pd.DataFrame | Sequence[int], titl
     if len(validation):
         axis.plot(validation["step"], validation["value"], "s--", color=COLORS[1], label="val_loss")
     for number, end in enumerate(ends):
-        axis.axvline(end, color="0.8", linewidth=0.8, zorder=0, label=None if number else "end of an epoch")
+        axis.axvline(end, color="0.6", linewidth=1, zorder=0, label=None if number else "end of an epoch")
     _label(axis, "cross-entropy")
     return figure
 

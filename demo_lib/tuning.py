@@ -121,7 +121,7 @@ def _fit_trial(trial: optuna.Trial, train: TrainConfig, data: FashionData) -> fl
             if record.weights:
                 weights, best = record.weights, record.metrics["val_accuracy"]
             trial.report(record.metrics["val_accuracy"], record.epoch)
-            if trial.should_prune():
+            if record.epoch < train.epochs and trial.should_prune():
                 return None
     with tempfile.TemporaryDirectory() as folder:
         torch.save(weights, Path(folder) / "weights.pt")
@@ -138,12 +138,14 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     the test split.
 
     Raises:
-        TuneError: the storage is MLflow's, another process runs the study, or no trial was completed.
+        TuneError: the storage is MLflow's, the study belongs to another experiment or is run by another process, or no
+            trial was completed.
     """
     connect(experiment)
     study = open_study(config, storage)
     data = load_data(config.train_config())
-    with _parent_run(study, config, data) as parent, _resumable(config, storage), truthful_status():
+    _require_experiment(study, experiment)
+    with _parent_run(study, config, data) as parent, _resumable(config, experiment, storage), truthful_status():
         _optimize(study, config, data, _Workers(experiment, storage, parent.info.run_id))
         _conclude(study, config, data)
     return mlflow.get_run(parent.info.run_id)
@@ -161,7 +163,9 @@ def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
         own = settings().home / "store" / "optuna.db"
         own.parent.mkdir(parents=True, exist_ok=True)
         opened = _open_storage(storage or sqlite_uri(own))
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if config.prune else optuna.pruners.NopPruner()
+    pruner = optuna.pruners.NopPruner()
+    if config.prune:  # the first epochs of a one-cycle schedule say little
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(2, config.epochs // 3))
     study = optuna.create_study(
         storage=opened, study_name=config.study, direction="maximize", pruner=pruner, load_if_exists=True
     )
@@ -228,13 +232,23 @@ def _parent_run(study: optuna.Study, config: TuneConfig, data: FashionData) -> I
         yield parent
 
 
+def _require_experiment(study: optuna.Study, experiment: str) -> None:
+    run_id = study.user_attrs.get("parent_run_id")
+    if run_id and (home := MlflowClient().get_experiment(mlflow.get_run(run_id).info.experiment_id).name) != experiment:
+        raise TuneError(
+            f"study {study.study_name!r} belongs to the experiment {home!r}, not {experiment!r}: resume it there, or "
+            "give the study another name."
+        )
+
+
 @contextmanager
-def _resumable(config: TuneConfig, storage: str | None) -> Iterator[None]:
+def _resumable(config: TuneConfig, experiment: str, storage: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        command = f"`python -m demo_lib tune --study {config.study}`" if experiment == "tune" else "the same call"
         if storage != "memory":
-            print(f"interrupted: `python -m demo_lib tune --study {config.study}` goes on from here.")
+            print(f"interrupted: {command} goes on from here.")
         raise
 
 

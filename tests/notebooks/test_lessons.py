@@ -32,6 +32,7 @@ OTHER = {
     "trials": 5,
     "max_channels": 8,
     "study": "other",
+    "min_accuracy": 0.5,
 }
 
 
@@ -192,7 +193,7 @@ def check_lesson_02(params):
 
 def check_lesson_03(params):
     tree = families("03_query_and_plot_runs")
-    parent, children = tree["queried"]
+    parent, children = tree[params["study"]]
     assert parent.info.status == "FINISHED" and len(children) == params["trials"]
     best = max(children, key=lambda run: run.data.metrics["val_accuracy"])
     files = {run.info.run_id: MlflowClient().list_artifacts(run.info.run_id) for run in children}
@@ -210,11 +211,49 @@ def check_lesson_03(params):
         assert first == second
 
 
+def check_lesson_04(params):
+    tree = families("04_package_a_model")
+    run, classifier = tree["checkpoints"][0], tree["classifier"][0]
+    assert run.info.status == classifier.info.status == "FINISHED"
+    assert not MlflowClient().list_artifacts(run.info.run_id)
+    found = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
+    models = {model.name: model for model in found}
+    epochs = [f"epoch-{epoch}" for epoch in range(1, params["epochs"] + 1)]
+    assert set(models) == {*epochs, "named", "inferred", "frozen", "classifier"}
+    assert {model.status for model in found} == {"READY"}
+    for name in epochs:
+        assert {metric.key for metric in models[name].metrics} == {"val_loss", "val_accuracy"}
+        assert {metric.dataset_name for metric in models[name].metrics} == {"validation"}
+    accuracy = {name: {each.key: each.value for each in models[name].metrics}["val_accuracy"] for name in epochs}
+    best = mlflow.get_logged_model(mlflow.models.get_model_info(models["classifier"].model_uri).metadata["network"])
+    assert accuracy[best.name] == max(accuracy.values())
+    check_evaluation(models["classifier"], best, params, classifier)
+
+
+def check_evaluation(classifier, network, params, run):
+    """The classifier is as often right as was logged, and gives the labels of the network inside it."""
+    from demo_lib.data import CLASSES, load_data
+    from demo_lib.packaging import raw_images
+
+    known = {name: value for name, value in params.items() if name in TrainConfig.model_fields}
+    test = load_data(TrainConfig(**known)).test
+    labels = mlflow.pyfunc.load_model(classifier.model_uri).predict(raw_images(test))["label"]
+    right = sum(label == CLASSES[truth] for label, truth in zip(labels, test.labels, strict=True))
+    assert right / len(test) == pytest.approx(run.data.metrics["accuracy_score"], abs=1e-6)
+    with torch.inference_mode():
+        logits = mlflow.pytorch.load_model(network.model_uri)(test.images[:100] / 255)
+    assert [CLASSES[best] for best in logits.argmax(1)] == list(labels[:100])
+    assert {metric.key for metric in classifier.metrics} >= {"accuracy_score"}
+    files = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
+    assert files == {"per_class_metrics.csv", "confusion_matrix.png"}
+
+
 CHECKS = {
     "00_start_here": check_lesson_00,
     "01_track_a_run": check_lesson_01,
     "02_tune_with_nested_runs": check_lesson_02,
     "03_query_and_plot_runs": check_lesson_03,
+    "04_package_a_model": check_lesson_04,
 }
 
 

@@ -1,58 +1,64 @@
-"""The environment files agree with each other, and the repository holds nothing that it must not."""
+"""The classifier around a network: what it takes, what it returns, and that it needs neither pickle nor demo_lib."""
 
-import re
 import subprocess
-import tomllib
+import sys
 
-from demo_lib.config import ROOT
+from demo_lib.config import TrainConfig
+from demo_lib.data import CLASSES, load_data
+from demo_lib.model import build_model
+from demo_lib.packaging import log_classifier, raw_images
+from demo_lib.tracking import connect, log_model
+from demo_lib.training import predict
 
+import mlflow
+import numpy as np
 import pytest
-import yaml
-from packaging.requirements import Requirement
 
-CONDA_NAMES = {"pytorch-cpu": "torch"}
-
-
-def ranges(lines):
-    requirements = [Requirement(line) for line in lines]
-    return {CONDA_NAMES.get(each.name, each.name): each.specifier for each in requirements}
+ALONE = """
+import sys
+sys.modules["demo_lib"] = None  # importing it fails
+import mlflow, numpy
+print(mlflow.pyfunc.load_model(sys.argv[1]).predict(numpy.zeros((3, 28, 28), numpy.uint8)).shape)
+"""
 
 
-def project():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+@pytest.fixture
+def network(home):
+    """An untrained network, and the address under which it is logged."""
+    connect("packaging")
+    model = build_model(TrainConfig(channels=4)).eval()
+    data = load_data(TrainConfig(train_images=200))
+    with mlflow.start_run():
+        yield model, log_model(model, "network", data.test.images[:2] / 255).model_uri
 
 
-def test_environment_yml_has_the_packages_and_ranges_of_pyproject():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    *conda, pip = environment["dependencies"]
-    assert environment["channels"][0] == "conda-forge"
-    assert pip["pip"][-1] == "-e ."
-    found = ranges([line for line in conda if line != "pip"] + pip["pip"][:-1])
-    assert found.pop("python") == Requirement(f"python{project()['requires-python']}").specifier
-    assert found == ranges(project()["dependencies"] + project()["optional-dependencies"]["dev"])
+def test_the_classifier_names_the_networks_predictions(network):
+    model, address = network
+    split = load_data(TrainConfig(train_images=1200)).train  # more than one of its chunks
+    frame = mlflow.pyfunc.load_model(log_classifier(address).model_uri).predict(raw_images(split))
+    expected = predict(model, split).softmax(dim=1).numpy()
+    assert list(frame) == ["label", *CLASSES]
+    np.testing.assert_allclose(frame[list(CLASSES)], expected, atol=1e-6)
+    assert list(frame["label"]) == [CLASSES[best] for best in expected.argmax(axis=1)]
 
 
-def test_the_pins_satisfy_the_ranges_and_have_no_address():
-    text = (ROOT / "constraints.txt").read_text()
-    assert "://" not in text and "--" not in text
-    pins = {}
-    for line in text.splitlines():
-        name, _, version = line.split(";")[0].strip().partition("==")
-        pins.setdefault(name, set()).add(version)
-    for name, specifier in ranges(project()["dependencies"] + project()["optional-dependencies"]["dev"]).items():
-        assert pins[name] and all(specifier.contains(version) for version in pins[name]), name
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (np.zeros((2, 28, 28), np.float32), "dtype of input float32"),
+        (np.zeros((2, 1, 28, 28), np.uint8), r"Shape of input \(2, 1, 28, 28\)"),
+        (np.zeros((28, 28), np.uint8), r"Shape of input \(28, 28\)"),
+    ],
+)
+def test_the_classifier_refuses_what_is_no_raw_image(network, images, reason):
+    classifier = mlflow.pyfunc.load_model(log_classifier(network[1]).model_uri)
+    assert len(classifier.predict(np.zeros((1, 28, 28), np.uint8))) == 1
+    with pytest.raises(mlflow.MlflowException, match=reason):
+        classifier.predict(images)
 
 
-def tracked():
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not in a git repository")
-    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
-
-
-def test_no_file_is_over_5_mb_and_none_names_a_registry_or_a_lock():
-    for path in tracked():
-        assert path.stat().st_size < 5_000_000, path
-        assert path.name not in ("uv.lock", "pylock.toml"), path
-        if path.suffix not in (".gz", ".png"):
-            assert not re.search(r"files\.pythonhosted\.org|pypi\.org/simpl[e]", path.read_text()), path
+def test_the_classifier_loads_without_pickle_and_without_the_library(network, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    address = log_classifier(network[1]).model_uri
+    done = subprocess.run([sys.executable, "-c", ALONE, address], capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == "(3, 11)", done.stderr
