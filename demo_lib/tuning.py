@@ -184,15 +184,15 @@ def study_figures(study: optuna.Study) -> dict[str, Figure]:
     }
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
         plots["param_importances"] = draw.plot_param_importances
-    with warnings.catch_warnings():
+    with plt.rc_context(), warnings.catch_warnings():  # Optuna changes matplotlib's style for all later figures
         warnings.simplefilter("ignore")  # that the plots are experimental, and that an axis has one value only
         return {name: plot(study).figure for name, plot in plots.items()}
 
 
 def _open_storage(address: str) -> RDBStorage:
-    if address == tracking_uri():
+    database, of_mlflow = sqlite_file(address), sqlite_file(tracking_uri())
+    if address == tracking_uri() or (database and of_mlflow and database.resolve() == of_mlflow.resolve()):
         raise TuneError(f"{address} is MLflow's database: give Optuna one of its own.")
-    database = sqlite_file(address)
     lock = nullcontext() if database is None else FileLock(database.with_name(f".{database.name}.lock"))
     try:
         with lock:  # processes that open a new SQLite file together break each other's first tables

@@ -3,15 +3,19 @@
 Runs the lessons with their defaults in a new store and looks at it with the MLflow UI in a real browser.
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 
 from demo_lib.config import ROOT
+from demo_lib.runs import best, children
 from demo_lib.tracking import connect, ui_link
 
 import mlflow
+from mlflow.entities import Run
 from playwright.sync_api import Page
 
 from tests.browser.chromium import chromium
@@ -28,6 +32,48 @@ def show(page: Page, address: str, text: str) -> None:
     page.get_by_role("button", name="Close").first.click()
 
 
+def in_ui(page: Page) -> None:
+    """Take the pictures of the MLflow UI: a run's metrics, a study's nested runs, its trials compared."""
+    show(page, str(ui_link(find("01_track_a_run", "baseline"))), "Model metrics")
+    page.get_by_text("Model metrics").first.click()
+    page.get_by_text("val_loss").first.wait_for()
+    save(page, "run_metrics.png")
+
+    experiment = connect("02_tune_with_nested_runs")
+    page.goto(str(ui_link(experiment)))
+    page.get_by_role("row").filter(has_text="fashion-").get_by_role("button").first.click()
+    page.get_by_text("trial 0").first.wait_for()
+    save(page, "nested_runs.png")
+
+    parent = find("03_query_and_plot_runs", "queried")
+    trials = json.dumps(children(parent.info.run_id).run_id.tolist())
+    address = str(ui_link(parent)).partition("#")[0]
+    address += f'#/compare-runs?runs={trials}&experiments=["{parent.info.experiment_id}"]'
+    page.goto(f"{address}&workflowType=machine_learning")
+    page.get_by_text("Parallel Coordinates Plot").first.wait_for()
+    save(page, "compared_runs.png")
+
+
+def from_store() -> None:
+    """Take the plots that the lessons logged: one of the study, and the best run's loss."""
+    study = find("03_query_and_plot_runs", "queried").info.run_id
+    plotted = best("03_query_and_plot_runs", "val_accuracy", where="tags.trial_state = 'COMPLETE'").run_id[0]
+    for run_id, path in ((study, "study/optimization_history.png"), (plotted, "loss_curve.png")):
+        shutil.copy(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=path), PICTURES)
+
+
+def find(experiment: str, name: str) -> Run:
+    """Return the experiment's run of that name."""
+    connect(experiment)
+    return mlflow.search_runs(filter_string=f"attributes.run_name = '{name}'", output_format="list")[0]
+
+
+def save(page: Page, name: str) -> None:
+    """Save what the page shows, once its charts are drawn, which comes after the page is there."""
+    page.wait_for_timeout(3000)
+    page.screenshot(path=PICTURES / name)
+
+
 def main() -> None:
     """Take every picture."""
     PICTURES.mkdir(parents=True, exist_ok=True)
@@ -35,15 +81,9 @@ def main() -> None:
         os.environ |= {"DEMO_HOME": home, "DEMO_UI_PORT": str(port := free_port())}
         command = [sys.executable, "-m", "demo_lib"]
         subprocess.run([*command, "run"], check=True)
-        experiment = connect("01_track_a_run")
-        run = mlflow.search_runs([experiment.experiment_id], "status = 'FINISHED'", output_format="list")[0]
+        from_store()
         with serving([*command, "ui"], f"http://127.0.0.1:{port}/health"), chromium() as browser:
-            page = browser.new_page(viewport={"width": 1200, "height": 700})
-            show(page, str(ui_link(run)), "Model metrics")
-            page.get_by_text("Model metrics").first.click()
-            page.get_by_text("val_loss").first.wait_for()
-            page.wait_for_timeout(3000)  # the charts are drawn after the page is there
-            page.screenshot(path=PICTURES / "run_metrics.png")
+            in_ui(browser.new_page(viewport={"width": 1200, "height": 700}))
 
 
 if __name__ == "__main__":

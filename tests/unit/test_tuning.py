@@ -10,8 +10,9 @@ from collections import Counter
 
 from demo_lib import tuning
 from demo_lib.config import TuneConfig
-from demo_lib.tuning import TuneError, open_study, tune
+from demo_lib.tuning import TuneError, open_study, study_figures, suggest, tune
 
+import matplotlib.pyplot as plt
 import mlflow
 import optuna
 import pytest
@@ -174,10 +175,24 @@ def test_two_studies_at_once_keep_apart(home):
     assert all(parents[run.data.tags["mlflow.parentRunId"]] == run.data.tags["study"] for run in children)
 
 
-def test_mlflows_database_is_refused(home):
-    mlflow_database = f"sqlite:///{home}/store/mlflow.db"
+@pytest.mark.parametrize("written", ["store/mlflow.db", "store/../store/mlflow.db"])
+def test_mlflows_database_is_refused(home, written):
     with pytest.raises(TuneError, match="is MLflow's database: give Optuna one of its own"):
-        open_study(config(), mlflow_database)
+        open_study(config(), f"sqlite:///{home}/{written}")
+
+
+def test_a_study_goes_on_in_its_own_experiment_only(home):
+    tune(config(trials=1, study="on"), experiment="first")
+    with pytest.raises(TuneError, match="study 'on' belongs to the experiment 'first', not 'tune': resume it there"):
+        tune(config(trials=2, study="on"))
+
+
+def test_optunas_plots_leave_the_style_of_others_alone(home):
+    before = dict(plt.rcParams)
+    study = open_study(config(), "memory")
+    study.optimize(lambda trial: suggest(trial, config()).dropout, n_trials=5)
+    assert set(study_figures(study)) >= {"optimization_history", "param_importances"}
+    assert dict(plt.rcParams) == before
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
