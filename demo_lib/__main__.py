@@ -1,4 +1,4 @@
-"""Command line: `python -m demo_lib doctor | train | tune | run | plot | export | ui`, each with `--help`."""
+"""Command line: `python -m demo_lib doctor | train | tune | run | plot | ...`, each with `--help`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from demo_lib.config import Config, DemoError, TrainConfig, TuneConfig, read_yaml, settings
 
@@ -25,6 +26,20 @@ class _TuneOptions(BaseSettings, TuneConfig):
     """The fields of TuneConfig as command-line options."""
 
 
+class _Flag(argparse.BooleanOptionalAction):
+    """An option given as `--flip` or `--no-flip` and, as the file MLproject must write it, as `--flip true`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.nargs, self.metavar = "?", "true|false"
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        negated = option_string.startswith("--no-")
+        if negated and values is not None:
+            parser.error(f"{option_string} takes no value: {values}")
+        setattr(namespace, self.dest, not negated if values is None else values)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m demo_lib", description="The MLflow demo series.")
@@ -32,11 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     commands.add_parser("doctor", help="check this machine and say what to mend").set_defaults(do=_doctor)
 
-    train = commands.add_parser("train", help="train one model, tracked in MLflow")
+    # No abbreviations: `mlflow run -P epoch=1` appends `--epoch 1`, which must not pass for `--epochs 1`.
+    train = commands.add_parser("train", help="train one model, tracked in MLflow", allow_abbrev=False)
     config = _add_config(train, TrainConfig, _TrainOptions)
     train.set_defaults(do=lambda given: _train(config(given)))
 
-    tune = commands.add_parser("tune", help="tune hyperparameters: one parent run, one child run a trial")
+    tune = commands.add_parser("tune", help="tune: one parent run, one child run a trial", allow_abbrev=False)
     tune.add_argument("--storage", metavar="URL", help="Optuna's database (default: store/optuna.db)")
     study = _add_config(tune, TuneConfig, _TuneOptions)
     tune.set_defaults(do=lambda given: _tune(study(given), given.storage))
@@ -58,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
     export.set_defaults(do=lambda given: _export(given.run_id, given.to))
 
+    reproduce = commands.add_parser("reproduce", help="train a run again and compare every metric step by step")
+    reproduce.add_argument("run_id", help="the run's id or its first digits")
+    reproduce.set_defaults(do=lambda given: _reproduce(given.run_id))
+
     ui = commands.add_parser("ui", help="open the MLflow UI on the store")
     ui.add_argument("--port", type=int, help="default: DEMO_UI_PORT or 5050")
     ui.set_defaults(do=_ui)
@@ -78,7 +98,13 @@ def _add_config(
 ) -> Callable[[argparse.Namespace], Config]:
     """Add the configuration's fields as options; return what makes a configuration of the parsed arguments."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of values; the options win over it")
-    source = CliSettingsSource(options, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True)
+    source = CliSettingsSource(
+        options,
+        root_parser=parser,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        add_argument_method=_add_argument,
+    )
 
     def make(given: argparse.Namespace) -> Config:
         values = read_yaml(given.config) if given.config else {}
@@ -86,6 +112,12 @@ def _add_config(
         return config(**values | source(parsed_args=fields)())
 
     return make
+
+
+def _add_argument(parser: argparse.ArgumentParser, *names: str, **kwargs: Any) -> None:
+    if kwargs.get("action") is argparse.BooleanOptionalAction:
+        kwargs["action"] = _Flag
+    parser.add_argument(*names, **kwargs)
 
 
 # Each command imports what it needs: PyTorch and MLflow take seconds to load.
@@ -162,6 +194,15 @@ def _export(run_id: str, path: Path) -> int:
     write(run_id, path)
     print(f"wrote {path}")
     return 0
+
+
+def _reproduce(run_id: str) -> int:
+    from demo_lib.reproduce import reproduce
+    from demo_lib.tracking import ui_link
+
+    result = reproduce(run_id)
+    print(f"{result}\nrun {result.run.info.run_id}\n{ui_link(result.run)}")
+    return 0 if not result.difference else 1
 
 
 def _ui(given: argparse.Namespace) -> int:

@@ -119,6 +119,7 @@ def run(jobs: Sequence[Job], workers: int = 0, progress: bool = True) -> str:
     cores = os.cpu_count() or 1
     workers = min(workers or cores, len(jobs))
     environment = os.environ | {
+        "MLFLOW_RUN_ID": "",  # a run that `mlflow run` opened is the batch's, not a lesson's
         "MLFLOW_TRACKING_URI": tracking_uri(),  # absolute: a kernel works in the notebook's folder
         "DEMO_HOME": str(settings().home),
         "DEMO_BATCH_ID": uuid.uuid4().hex,

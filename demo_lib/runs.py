@@ -125,6 +125,21 @@ def params_of(run_id: str) -> dict[str, str]:
     return find_run(run_id).data.params
 
 
+def config_of(run: Run) -> TrainConfig:
+    """Return the configuration that the run logged.
+
+    Raises:
+        RunError: the run didn't log a whole `TrainConfig`.
+        ConfigError: a parameter has a value that `TrainConfig` doesn't allow.
+    """
+    if missing := [name for name in TrainConfig.model_fields if name not in run.data.params]:
+        raise RunError(
+            f"run {run.info.run_id} ({run.info.run_name}) logged no {', '.join(missing)}: choose a run that logged a "
+            "whole TrainConfig."
+        )
+    return TrainConfig.from_params(run.data.params)
+
+
 def export_params(run_id: str, path: str | Path) -> None:
     """Write the run's `TrainConfig` as YAML that papermill's `-f` and `python -m demo_lib train` read.
 
@@ -132,13 +147,7 @@ def export_params(run_id: str, path: str | Path) -> None:
         RunError: the run is unknown or didn't log a whole `TrainConfig`, or the file can't be written.
         ConfigError: a parameter has a value that `TrainConfig` doesn't allow.
     """
-    run = find_run(run_id)
-    if missing := [name for name in TrainConfig.model_fields if name not in run.data.params]:
-        raise RunError(
-            f"run {run.info.run_id} ({run.info.run_name}) logged no {', '.join(missing)}: choose a run that logged a "
-            "whole TrainConfig."
-        )
-    _write(Path(path), TrainConfig.from_params(run.data.params).to_yaml().encode())
+    _write(Path(path), config_of(find_run(run_id)).to_yaml().encode())
 
 
 def export_metrics(run_id: str, path: str | Path) -> None:

@@ -6,13 +6,14 @@ import copy
 import html
 import os
 import platform
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from demo_lib.config import ROOT, DemoError, TrainConfig, settings, sqlite_file, sqlite_uri, tracking_uri
+from demo_lib.config import ROOT, Config, DemoError, TrainConfig, settings, sqlite_file, sqlite_uri, tracking_uri
 
 import git
 import mlflow
@@ -29,6 +30,7 @@ import requests
 from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Experiment, Metric, Run, ViewType
+from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.models.model import ModelInfo
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.credentials import get_default_host_creds
@@ -55,13 +57,15 @@ def connect(experiment: str) -> Experiment:
 
     The store is `MLFLOW_TRACKING_URI` if set, else SQLite with artifacts beside it in the folder `store/`. A new
     SQLite store is made by one process while the others wait; a server is asked once before anything is logged.
+    In a process that `mlflow run` started, the experiment is that of the run which MLflow opened for it, whatever the
+    name: `mlflow.start_run` goes on in that run.
 
     Raises:
         TrackingError: the server doesn't answer, or the store or the experiment can't be used.
     """
     database = sqlite_file(open_store())
     location = (_artifact_root(database) / experiment).as_uri() if database else None
-    found = _get_or_create(experiment, location)
+    found = _project_experiment() or _get_or_create(experiment, location)
     mlflow.set_experiment(experiment_id=found.experiment_id)
     close_stale_runs([found.experiment_id])
     return found
@@ -85,7 +89,8 @@ def open_store() -> str:
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
     """Return the tags that say where a run came from: source, commit, versions, data, device, seed, process.
 
-    The source is the connected lesson's notebook, or the command line. Parts that are unknown are left out.
+    The source is the connected lesson's notebook, or the command line; MLflow has recorded that of a run which
+    `mlflow run` opened. Parts that are unknown are left out.
     """
     tags = {f"{package}_version": version(package) for package in PACKAGES}
     tags |= {"python_version": platform.python_version(), "process": _this_process()}
@@ -167,39 +172,60 @@ def log_model(model: nn.Module, name: str, example: Tensor, **kwargs: Any) -> Mo
     )
 
 
-def train(config: TrainConfig) -> Run:
-    """Do in one tracked run of the experiment `train` what lesson 01 does step by step, and return the run.
+def log_config(config: Config, exclude: Collection[str] = ()) -> None:
+    """Log the configuration's fields as parameters of the active run.
+
+    `mlflow run` has logged some as they were typed, quoted for the shell, such as `true` for `True`, and MLflow
+    refuses to change a parameter: those that mean the same are left as they are.
+
+    Raises:
+        TrackingError: the run has another value of a field.
+    """
+    run = mlflow.get_run(mlflow.active_run().info.run_id)
+    fields = config.model_dump(exclude=set(exclude))
+    logged = {name: " ".join(shlex.split(text)) for name, text in run.data.params.items() if name in fields}
+    meant = type(config)(**config.model_dump() | logged).model_dump()
+    if other := [name for name in logged if meant[name] != fields[name]]:
+        raise TrackingError(
+            f"run {run.info.run_id} has {other[0]} = {logged[other[0]]} already, not {fields[other[0]]}: start a run "
+            "of its own."
+        )
+    mlflow.log_params({name: value for name, value in fields.items() if name not in logged})
+
+
+def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str] | None = None) -> Run:
+    """Do in one tracked run of the experiment what lesson 01 does step by step, and return the run.
 
     Logs parameters, metrics, both datasets, a model summary, and the best and the last model; the best one, chosen on
-    the validation split, is scored once on the test split.
+    the validation split, is scored once on the test split. `tags` are added to those of `provenance`.
     """
     from demo_lib.data import batches, load_data
     from demo_lib.model import build_model, summarize
     from demo_lib.training import count_records, evaluate, fit
 
-    connect("train")
+    connect(experiment)
     data = load_data(config)
     print(data)
     model = build_model(config)
     with (
-        mlflow.start_run(tags=provenance(data, config)) as run,
+        mlflow.start_run(tags=provenance(data, config) | dict(tags or {})) as run,
         truthful_status(),
         batched_metrics() as log_metrics,
     ):
-        mlflow.log_params(config.model_dump())
+        log_config(config)
         mlflow.log_text(summarize(model), "model_summary.txt")
         log_datasets(data)
-        best, started = {}, time.perf_counter()
+        best, started = None, time.perf_counter()
         for record in tqdm(fit(model, data, config), total=count_records(data, config), disable=None):
             log_metrics(record.metrics, step=record.step)
-            best = record.weights or best
+            best = record if record.weights else best
         log_metrics({"fit_seconds": time.perf_counter() - started}, step=record.step)
         example = next(batches(data.test, 2))[0]
         log_model(model, "last_model", example, step=record.step)
-        model.load_state_dict(best)
-        log_model(model, "best_model", example, step=record.step)
+        model.load_state_dict(best.weights)
+        log_model(model, "best_model", example, step=best.step)
         test = {f"test_{name}": value for name, value in evaluate(model, data.test).items()}
-        log_metrics(test, step=record.step)
+        log_metrics(test, step=best.step)
     return mlflow.get_run(run.info.run_id)
 
 
@@ -338,7 +364,25 @@ def _close_down_to(run: Run, status: str, error: BaseException) -> None:
             return
 
 
+def _project_experiment() -> Experiment | None:
+    """Return the experiment of the run that `mlflow run` opened for this process, if it did."""
+    run_id = MLFLOW_RUN_ID.get()
+    if not run_id:
+        return None
+    try:
+        return mlflow.get_experiment(mlflow.get_run(run_id).info.experiment_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise TrackingError(
+            f"the run {run_id} that `mlflow run` opened is not in the store {tracking_uri()}: before `mlflow run`, set "
+            "MLFLOW_TRACKING_URI to a store's whole address, such as sqlite:////home/me/demo/store/mlflow.db."
+        ) from None
+
+
 def _source() -> dict[str, str]:
+    if MLFLOW_RUN_ID.get():
+        return {}
     experiment = MlflowClient().get_experiment(mlflow.tracking.fluent._get_experiment_id())
     notebook = ROOT / "notebooks" / f"{experiment.name}.ipynb"
     if notebook.is_file():

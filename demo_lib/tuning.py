@@ -17,7 +17,7 @@ from pathlib import Path
 from demo_lib.config import DemoError, TrainConfig, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
 from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
-from demo_lib.tracking import batched_metrics, connect, died_here, log_model, provenance, truthful_status
+from demo_lib.tracking import batched_metrics, connect, died_here, log_config, log_model, provenance, truthful_status
 from demo_lib.training import evaluate, fit
 
 import matplotlib.pyplot as plt
@@ -38,6 +38,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 HEARTBEAT, GRACE = 3, 15  # seconds between two signs of life of a trial, and of silence until it counts as dead
 FAILED = 3  # exit code of a worker whose trial failed
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+CHANGEABLE = {"trials", "workers", "stop_on_error"}  # when a study goes on
 
 
 class TuneError(DemoError):
@@ -138,15 +139,14 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     the test split.
 
     Raises:
-        TuneError: the storage is MLflow's, the study belongs to another experiment or is run by another process, or no
-            trial was completed.
+        TuneError: the storage is MLflow's, another process runs the study, or no trial was completed.
     """
     connect(experiment)
     study = open_study(config, storage)
     data = load_data(config.train_config())
-    _require_experiment(study, experiment)
-    with _parent_run(study, config, data) as parent, _resumable(config, experiment, storage), truthful_status():
-        _optimize(study, config, data, _Workers(experiment, storage, parent.info.run_id))
+    with _parent_run(study, config, data) as parent, _resumable(config, storage), truthful_status():
+        found = mlflow.get_experiment(parent.info.experiment_id)
+        _optimize(study, config, data, _Workers(found.name, storage, parent.info.run_id))
         _conclude(study, config, data)
     return mlflow.get_run(parent.info.run_id)
 
@@ -216,39 +216,42 @@ def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
 @contextmanager
 def _parent_run(study: optuna.Study, config: TuneConfig, data: FashionData) -> Iterator[Run]:
     """Open the study's parent run again, or a new one."""
-    fixed = config.model_dump(exclude={"trials", "workers", "stop_on_error"})
+    fixed = config.model_dump(exclude=CHANGEABLE)
     begun = study.user_attrs.get("config", fixed)
     if changed := [name for name in fixed if begun.get(name) != fixed[name]]:
         raise TuneError(
             f"study {config.study!r} was begun with {changed[0]} = {begun.get(changed[0])}, not {fixed[changed[0]]}: "
             "keep it, or give the study another name."
         )
+    begun_in = study.user_attrs.get("parent_run_id")
+    if begun_in:
+        _return_to(begun_in)
     tags = provenance(data) | {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
-    with mlflow.start_run(run_id=study.user_attrs.get("parent_run_id"), run_name=config.study, tags=tags) as parent:
-        if "parent_run_id" not in study.user_attrs:
-            mlflow.log_params(fixed)
+    with mlflow.start_run(run_id=begun_in, run_name=config.study, tags=tags) as parent:
+        if not begun_in:
+            log_config(config, exclude=CHANGEABLE)
             study.set_user_attr("config", fixed)
             study.set_user_attr("parent_run_id", parent.info.run_id)
         yield parent
 
 
-def _require_experiment(study: optuna.Study, experiment: str) -> None:
-    run_id = study.user_attrs.get("parent_run_id")
-    if run_id and (home := MlflowClient().get_experiment(mlflow.get_run(run_id).info.experiment_id).name) != experiment:
-        raise TuneError(
-            f"study {study.study_name!r} belongs to the experiment {home!r}, not {experiment!r}: resume it there, or "
-            "give the study another name."
-        )
+def _return_to(parent_run_id: str) -> None:
+    """Make the experiment of the study's parent run the active one again.
+
+    A run that `mlflow run` has opened meanwhile only points there: the first trial would take it for its own.
+    """
+    if opened := os.environ.pop("MLFLOW_RUN_ID", None):
+        MlflowClient().set_tag(opened, "continues", parent_run_id)
+    mlflow.set_experiment(experiment_id=mlflow.get_run(parent_run_id).info.experiment_id)
 
 
 @contextmanager
-def _resumable(config: TuneConfig, experiment: str, storage: str | None) -> Iterator[None]:
+def _resumable(config: TuneConfig, storage: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        command = f"`python -m demo_lib tune --study {config.study}`" if experiment == "tune" else "the same call"
         if storage != "memory":
-            print(f"interrupted: {command} goes on from here.")
+            print(f"interrupted: the same command or call goes on with study {config.study!r} from here.")
         raise
 
 

@@ -248,12 +248,34 @@ def check_evaluation(classifier, network, params, run):
     assert files == {"per_class_metrics.csv", "confusion_matrix.png"}
 
 
+def check_lesson_07(params):
+    runs = mlflow.search_runs(experiment_names=["07_run_a_project"], output_format="list")
+    (changed,), (committed,) = ([run for run in runs if run.info.run_name == name] for name in ("changed", "committed"))
+    (again,) = [run for run in runs if "reproduces" in run.data.tags]
+    (failed,) = [run for run in runs if run.info.status == "FAILED"]
+    assert len(runs) == 4 and failed.data.params["epochs"] == "0"
+    for run in (changed, committed, again):
+        assert run.info.status == "FINISHED"
+        assert TrainConfig.from_params(run.data.params).model_copy(update={"device": "auto"}) == TrainConfig(**params)
+    for run, dirty in ((changed, "true"), (committed, "false")):
+        assert (run.data.tags["mlflow.source.type"], run.data.tags["git_dirty"]) == ("PROJECT", dirty)
+    assert committed.data.tags["mlflow.source.git.commit"] == changed.data.tags["mlflow.source.git.commit"]
+    assert committed.data.tags["mlflow.source.name"].startswith("file://")
+    assert again.data.tags["reproduces"] == committed.info.run_id
+    losses = [
+        [(point.step, point.value) for point in MlflowClient().get_metric_history(run.info.run_id, "train_loss")]
+        for run in (changed, committed, again)
+    ]
+    assert losses[0] != losses[1] == losses[2]
+
+
 CHECKS = {
     "00_start_here": check_lesson_00,
     "01_track_a_run": check_lesson_01,
     "02_tune_with_nested_runs": check_lesson_02,
     "03_query_and_plot_runs": check_lesson_03,
     "04_package_a_model": check_lesson_04,
+    "07_run_a_project": check_lesson_07,
 }
 
 

@@ -1,5 +1,7 @@
 """The command line, as a user calls it: in a process of its own."""
 
+from demo_lib.__main__ import main
+
 import mlflow
 import pandas as pd
 import pytest
@@ -31,13 +33,15 @@ def test_train_logs_what_was_asked_for(home, cli, tmp_path):
     [
         (["train", "--epochs", "0"], "epochs = '0' is not allowed: it must be a whole number from 1 to 100."),
         (["train", "--config", "none.yaml"], "none.yaml can't be read"),
-        (["train", "--epoch-s", "1"], "unrecognized arguments: --epoch-s"),
+        (["train", "--epoch", "1"], "unrecognized arguments: --epoch"),
+        (["train", "--flip", "maybe"], "flip = 'maybe' is not allowed: it must be true or false."),
         (["run", "77"], "there is no lesson '77'; there are: 00_start_here"),
         (["run", "01", "-p", "epochs", "x"], "parameter epochs = 'x' must be of type int."),
         (["run", "-f", "none.yaml"], "none.yaml can't be read"),
         (["run", "--jobs", "-1"], "--jobs -1 is not allowed"),
         (["export", "zz", "--to", "a.csv"], "'zz' is no run id (4 to 32 digits and letters a-f)"),
         (["plot", "ffffffff"], "has no runs yet"),
+        (["reproduce", "zz"], "'zz' is no run id (4 to 32 digits and letters a-f)"),
         (["tune", "--trials", "0"], "trials = '0' is not allowed: it must be a whole number from 1 to 10000."),
         (["fly"], "invalid choice: 'fly'"),
     ],
@@ -47,6 +51,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(cli, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 6
+
+
+def test_a_negated_flag_takes_no_value(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--no-flip", "true"])
+    assert "--no-flip takes no value: true" in capsys.readouterr().err
 
 
 def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(home, cli, tmp_path):

@@ -181,10 +181,12 @@ def test_mlflows_database_is_refused(home, written):
         open_study(config(), f"sqlite:///{home}/{written}")
 
 
-def test_a_study_goes_on_in_its_own_experiment_only(home):
-    tune(config(trials=1, study="on"), experiment="first")
-    with pytest.raises(TuneError, match="study 'on' belongs to the experiment 'first', not 'tune': resume it there"):
-        tune(config(trials=2, study="on"))
+def test_a_study_goes_on_in_the_experiment_of_its_parent(home):
+    first = tune(config(trials=1, study="on"), experiment="first")
+    assert tune(config(trials=2, study="on")).info.run_id == first.info.run_id
+    experiment = mlflow.get_experiment_by_name("first").experiment_id
+    assert len(mlflow.search_runs([experiment])) == 3
+    assert mlflow.search_runs(experiment_names=["tune"]).empty
 
 
 def test_optunas_plots_leave_the_style_of_others_alone(home):
@@ -203,7 +205,7 @@ def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
-    assert "tune --study c` goes on from here" in output
+    assert "the same command or call goes on with study 'c'" in output
     parents, children = family()
     assert [run.info.status for run in parents] == ["KILLED"]
     assert {run.info.status for run in children.values()} <= {"KILLED", "FINISHED"}
