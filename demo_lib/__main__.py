@@ -42,6 +42,19 @@ class _Flag(argparse.BooleanOptionalAction):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    given = _parser().parse_args(arguments)
+    try:
+        return given.do(given)
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the command line; each command's `do` takes the parsed arguments and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m demo_lib", description="The MLflow demo series.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -81,16 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     ui = commands.add_parser("ui", help="open the MLflow UI on the store")
     ui.add_argument("--port", type=int, help="default: DEMO_UI_PORT or 5050")
     ui.set_defaults(do=_ui)
-
-    given = parser.parse_args(arguments)
-    try:
-        return given.do(given)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted.", file=sys.stderr)
-        return 130
+    return parser
 
 
 def _add_config(
