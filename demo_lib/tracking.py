@@ -167,8 +167,8 @@ def log_model(model: nn.Module, name: str, example: Tensor, **kwargs: Any) -> Mo
     )
 
 
-def train(config: TrainConfig) -> Run:
-    """Do in one tracked run of the experiment `train` what lesson 01 does step by step, and return the run.
+def train(config: TrainConfig, experiment: str = "train") -> Run:
+    """Do in one tracked run of the experiment what lesson 01 does step by step, and return the run.
 
     Logs parameters, metrics, both datasets, a model summary, and the best and the last model; the best one, chosen on
     the validation split, is scored once on the test split.
@@ -177,7 +177,7 @@ def train(config: TrainConfig) -> Run:
     from demo_lib.model import build_model, summarize
     from demo_lib.training import count_records, evaluate, fit
 
-    connect("train")
+    connect(experiment)
     data = load_data(config)
     print(data)
     model = build_model(config)
