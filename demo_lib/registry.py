@@ -16,6 +16,7 @@ from demo_lib.tracking import open_store, train
 
 import mlflow
 from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models.model import ModelInfo
 
@@ -81,7 +82,7 @@ def promote(model_name: str, version: int | str, min_gain: float = 0.005) -> Dec
     the time of one request; to close it, let one job at a time promote.
 
     Raises:
-        RegistryError: there is no such model or version, or it has no training run to judge it by.
+        RegistryError: there is no such model or version, no training run to judge it by, or other data here.
     """
     open_store()
     candidate = find_version(model_name, version)
@@ -156,7 +157,7 @@ def _judge(candidate: ModelVersion, champion: ModelVersion | None, min_gain: flo
     else:
         passes = round(accuracy - former - min_gain, 9) >= 0  # 0.85 - 0.84 is a little more than 0.01
         decision = "promoted" if passes else "refused"
-        reason = f"{share}, the champion, version {against}, on {former:.1%}; the gate asks for {min_gain:.1%} more"
+        reason = f"{share}, version {against} on {former:.1%}, and the gate asks for {100 * min_gain:g} points more"
     return Decision(number, decision, reason, accuracy, against, former, len(split), _digest(split))
 
 
@@ -165,23 +166,29 @@ def _unseen(versions: list[ModelVersion]) -> Split:
 
     Each configuration has a split of its own, and the validation images of one are training images of another.
     """
-    configs = {(config.train_images, config.seed): config for config in map(_training, versions)}
-    *others, largest = (configs[key] for key in sorted(configs))
-    split = load_data(largest).validation
+    runs = {version.version: _training_run(version) for version in versions}
+    configs = [TrainConfig.from_params(run.data.params) for run in runs.values()]
+    *others, largest = sorted(configs, key=lambda config: config.train_images)
+    data = load_data(largest)
+    for number, run in runs.items():
+        if (digest := run.data.tags.get("data_digest")) != data.digest:
+            raise RegistryError(
+                f"version {number} of {versions[0].name!r} was trained on other data (digest {digest}) than there is "
+                f"here ({data.name}, digest {data.digest}): promote it where its data is."
+            )
     seen = {image.tobytes() for config in others for image in load_data(config).train.images.numpy()}
-    keep = [place for place, image in enumerate(split.images.numpy()) if image.tobytes() not in seen]
-    return Split(split.images[keep], split.labels[keep])
+    keep = [place for place, image in enumerate(data.validation.images.numpy()) if image.tobytes() not in seen]
+    return Split(data.validation.images[keep], data.validation.labels[keep])
 
 
-def _training(version: ModelVersion) -> TrainConfig:
-    """Return the configuration that the version's run was trained with."""
-    params = MlflowClient().get_run(version.run_id).data.params if version.run_id else {}
-    if not TrainConfig.model_fields.keys() <= params.keys():
+def _training_run(version: ModelVersion) -> Run:
+    run = MlflowClient().get_run(version.run_id) if version.run_id else None
+    if run is None or not TrainConfig.model_fields.keys() <= run.data.params.keys():
         raise RegistryError(
             f"version {version.version} of {version.name!r} comes from no training run, so nobody knows which images "
             "it has seen: register a model that was logged in the run that trained it."
         )
-    return TrainConfig.from_params(params)
+    return run
 
 
 def _accuracy(version: ModelVersion, split: Split) -> float:
