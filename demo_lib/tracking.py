@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from demo_lib.config import ROOT, Config, DemoError, TrainConfig, settings, sqlite_file, sqlite_uri, tracking_uri
 
@@ -30,6 +30,7 @@ import requests
 from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Experiment, Metric, Run, ViewType
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.models.model import ModelInfo
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -254,16 +255,18 @@ class Link:
         return f'<a href="{html.escape(self.url)}" target="_blank" rel="noopener">{html.escape(self.text)}</a>'
 
 
-def ui_link(of: Run | Experiment) -> Link:
-    """Return the link to the run's or the experiment's page in the MLflow UI.
+def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
+    """Return the link to the run's, the experiment's or the registered model's page in the MLflow UI.
 
-    `workflowType` is needed: without it a fresh browser opens the page for generative AI.
+    Experiments need `workflowType`: without it a fresh browser opens the page for generative AI.
     """
     uri = tracking_uri()
     parts = urlsplit(uri)
     base = f"http://127.0.0.1:{settings().ui_port}"
     if parts.scheme.startswith("http"):
         base = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+    if isinstance(of, RegisteredModel):
+        return Link(f"{base}/#/models/{quote(of.name, safe='')}", f"model {of.name} in the MLflow UI")
     if isinstance(of, Run):
         page, text = f"{of.info.experiment_id}/runs/{of.info.run_id}", f"run {of.info.run_name} in the MLflow UI"
     else:

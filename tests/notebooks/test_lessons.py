@@ -33,6 +33,8 @@ OTHER = {
     "max_channels": 8,
     "study": "other",
     "min_accuracy": 0.5,
+    "model_name": "other",
+    "min_gain": 0.01,
 }
 
 
@@ -269,6 +271,38 @@ def check_lesson_07(params):
     assert losses[0] != losses[1] == losses[2]
 
 
+def check_lesson_05(params):
+    from demo_lib.data import CLASSES, load_data
+    from demo_lib.packaging import raw_images
+
+    client, name = MlflowClient(), params["model_name"]
+    runs = mlflow.search_runs(experiment_names=["05_register_and_promote"], output_format="list")
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    made = {(int(run.data.params["epochs"]), int(run.data.params["train_images"])): run.info.run_id for run in runs}
+    size, epochs = params["train_images"], params["epochs"]
+    assert len(runs) == 3 and made.keys() == {(1, size), (epochs, size), (epochs, size // 5)}
+    champion, former = (client.get_model_version_by_alias(name, alias) for alias in ("champion", "previous"))
+    assert (champion.run_id, former.run_id) == (made[epochs, size], made[1, size])
+    assert set(client.get_registered_model(name).aliases) == {"champion", "previous"}
+    alive = client.search_model_versions(f"name = '{name}'")
+    assert {version.run_id for version in alive} == {champion.run_id, former.run_id}
+    assert champion.description == f"epochs: {epochs}, images: {size:,}"
+    tags = champion.tags
+    assert (tags["decision"], tags["champion_version"], tags["purpose"]) == ("promoted", str(former.version), "lesson")
+    assert "rolled_back" not in tags
+    assert float(tags["accuracy"]) >= float(tags["champion_accuracy"]) + params["min_gain"]
+    split = load_data(TrainConfig.from_params(mlflow.get_run(champion.run_id).data.params)).validation
+    labels = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(raw_images(split))["label"]
+    assert float(tags["accuracy"]) == (labels == [CLASSES[label] for label in split.labels]).mean()
+    assert int(tags["images"]) == len(split)
+    deleted = [
+        model
+        for model in mlflow.search_logged_models([runs[0].info.experiment_id], output_format="list")
+        if model.source_run_id == made[epochs, size // 5] and model.name == "classifier"
+    ]
+    assert [model.status for model in deleted] == ["READY"]
+
+
 CHECKS = {
     "00_start_here": check_lesson_00,
     "01_track_a_run": check_lesson_01,
@@ -276,6 +310,7 @@ CHECKS = {
     "03_query_and_plot_runs": check_lesson_03,
     "04_package_a_model": check_lesson_04,
     "07_run_a_project": check_lesson_07,
+    "05_register_and_promote": check_lesson_05,
 }
 
 

@@ -210,10 +210,12 @@ def test_links_lead_to_the_local_ui_or_the_server_without_its_password(home, mon
     experiment = connect("links")
     with mlflow.start_run(run_name="a <b>") as run:
         pass
+    registered = MlflowClient().create_registered_model("my model")
     page = f"#/experiments/{experiment.experiment_id}/runs"
     assert str(ui_link(experiment)) == f"http://127.0.0.1:5050/{page}?workflowType=machine_learning"
     assert str(ui_link(run)).endswith(f"{page}/{run.info.run_id}?workflowType=machine_learning")
     assert "a &lt;b&gt;" in ui_link(run)._repr_html_()
+    assert str(ui_link(registered)) == "http://127.0.0.1:5050/#/models/my%20model"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.org/mlflow/")
     assert str(ui_link(experiment)) == f"https://example.org/mlflow/{page}?workflowType=machine_learning"
 
