@@ -10,11 +10,14 @@ from demo_lib.config import ROOT, TrainConfig
 
 import mlflow
 import nbformat
+import pandas as pd
 import papermill as pm
 import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+
+from tests.tools.processes import scoring_servers, wait_until
 
 NAMES = [path.stem for path in lessons()]
 OTHER = {
@@ -32,6 +35,10 @@ OTHER = {
     "trials": 5,
     "max_channels": 8,
     "study": "other",
+    "model_name": "other",
+    "score_images": 700,
+    "seconds": 0.05,
+    "traced_calls": 3,
 }
 
 
@@ -210,11 +217,47 @@ def check_lesson_03(params):
         assert first == second
 
 
+def load_table(run, name):
+    return pd.read_parquet(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
+
+
+def check_lesson_06(params):
+    client, name = MlflowClient(), params["model_name"]
+    champion = client.get_model_version_by_alias(name, "champion")
+    found = mlflow.search_runs(experiment_names=["06_serve_a_model"], output_format="list")
+    runs = {run.info.run_name: run for run in found}
+    assert set(runs) == {"offline scoring", "call times", "traced"}
+    assert {run.info.status for run in found} == {"FINISHED"}
+    offline = runs["offline scoring"]
+    assert offline.data.params == {"model_name": name, "model_version": str(champion.version)}
+    scored = load_table(offline, "predictions.parquet")
+    assert len(scored) == params["score_images"]
+    accuracy = (scored.label == scored.truth).mean()
+    assert accuracy > 0.5 and offline.data.metrics["test_accuracy"] == pytest.approx(accuracy)
+    (model,) = offline.inputs.model_inputs
+    assert champion.source == f"models:/{model.model_id}"
+    timings = load_table(runs["call times"], "call_times.parquet")
+    assert len(timings) == 9 and (timings.milliseconds > 0).all()
+    medians = timings.set_index(["way", "images"]).milliseconds
+    assert all(medians[way, 256] > medians[way, 1] for way in ("HTTP", "pyfunc", "network"))
+    traces = mlflow.search_traces(
+        locations=[offline.info.experiment_id], run_id=runs["traced"].info.run_id, return_type="list"
+    )
+    assert len(traces) == params["traced_calls"]
+    assert {trace.info.trace_metadata["mlflow.modelId"] for trace in traces} == {model.model_id}
+    assert {tuple(span.name for span in trace.data.spans) for trace in traces} == {
+        ("classify", "scale", "network", "label")
+    }
+    assert max(len(trace.to_json()) for trace in traces) < 10_000, "a trace holds whole images"
+    assert not scoring_servers(os.environ["DEMO_HOME"])
+
+
 CHECKS = {
     "00_start_here": check_lesson_00,
     "01_track_a_run": check_lesson_01,
     "02_tune_with_nested_runs": check_lesson_02,
     "03_query_and_plot_runs": check_lesson_03,
+    "06_serve_a_model": check_lesson_06,
 }
 
 
@@ -256,3 +299,16 @@ def test_a_lesson_runs_on_a_server(name, home, tmp_path, monkeypatch, tracking_s
     mlflow.set_tracking_uri(tracking_server)
     CHECKS[name](params_of(name))
     assert not (home / "store" / "artifacts").exists()
+
+
+def test_a_failing_cell_of_lesson_06_leaves_no_server(home, tmp_path):
+    notebook = read("06_serve_a_model")
+    started = next(index for index, cell in enumerate(notebook.cells) if "server = serve(" in cell.source)
+    notebook.cells = [*notebook.cells[: started + 1], nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(notebook, tmp_path / "failing.ipynb")
+    with pytest.raises(pm.PapermillExecutionError, match="ZeroDivisionError"):
+        pm.execute_notebook(
+            tmp_path / "failing.ipynb", tmp_path / "out.ipynb", {"train_images": 500, "epochs": 1}, progress_bar=False
+        )
+    assert "/health: 200" in (tmp_path / "out.ipynb").read_text()
+    wait_until(lambda: not scoring_servers(home), seconds=20)

@@ -24,7 +24,13 @@ import torch
 from tests.tools.processes import normal_interrupt, scoring_servers, wait_until
 
 URI = "models:/served@champion"
-HOLD = f"import time; from demo_lib.serving import serve; server = serve({URI!r}); print(server.url, flush=True); time.sleep(300)"
+HOLD = f"""
+import time
+from demo_lib.serving import serve
+server = serve({URI!r})
+print(server.url, flush=True)
+time.sleep(300)
+"""
 
 
 @pytest.fixture(scope="module")
