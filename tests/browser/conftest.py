@@ -22,14 +22,15 @@ def browser():
 
 
 @pytest.fixture
-def lab(home):
-    """The address of a JupyterLab on a copy of the lessons, since it saves them with their outputs."""
+def lab(home, tracking_server):
+    """The address of a JupyterLab that tracks to a server, on a copy of the lessons: it saves them with outputs."""
     shutil.copytree(LESSONS, home / "notebooks")
     port = free_port()
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={home / 'notebooks'}", "--IdentityProvider.token="]
     command += ["--LabApp.expose_app_in_browser=True"]
     environment = {"JUPYTER_CONFIG_DIR": str(home / "jupyter"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
+    environment |= {"MLFLOW_TRACKING_URI": tracking_server}
     with serving(command, f"http://127.0.0.1:{port}/lab", env=os.environ | environment):
         yield f"http://127.0.0.1:{port}/lab"
 

@@ -1,4 +1,4 @@
-"""The lessons as a learner sees them: JupyterLab in a real browser, and the links into the MLflow UI."""
+"""The lessons as a workshop sees them: JupyterLab in a real browser, a tracking server, links into the MLflow UI."""
 
 import subprocess
 import sys
@@ -8,6 +8,9 @@ from demo_lib.tracking import connect, ui_link
 
 import mlflow
 import pytest
+
+from tests.notebooks.checks import check_lesson
+from tests.tools.lessons import defaults
 
 pytestmark = pytest.mark.xdist_group("browser")
 NAMES = [path.stem for path in lessons()]
@@ -21,7 +24,7 @@ RUN_ALL = """async () => {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_top_to_bottom_without_red(name, lab, browser, tmp_path):
+def test_a_lesson_runs_top_to_bottom_without_red_on_a_server(name, home, lab, browser, tmp_path, tracking_server):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(120_000)
     page.goto(f"{lab}/tree/{name}.ipynb")
@@ -35,6 +38,9 @@ def test_a_lesson_runs_top_to_bottom_without_red(name, lab, browser, tmp_path):
     assert not [each for each in outputs if each["output_type"] == "error" or each.get("name") == "stderr"]
     assert page.locator(".jp-RenderedHTMLCommon a:has-text('in the MLflow UI')").count() or name != NAMES[0]
     page.close()
+    mlflow.set_tracking_uri(tracking_server)
+    check_lesson(name, defaults(name))
+    assert not (home / "store" / "artifacts").exists()
 
 
 def test_links_open_the_right_pages_in_a_fresh_profile(home, ui, browser):

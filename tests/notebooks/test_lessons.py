@@ -12,9 +12,10 @@ import mlflow
 import nbformat
 import papermill as pm
 import pytest
-import torch
-import yaml
-from mlflow import MlflowClient
+
+from tests.notebooks.checks import check_lesson
+from tests.tools.lessons import defaults
+from tests.tools.processes import scoring_servers, wait_until
 
 NAMES = [path.stem for path in lessons()]
 OTHER = {
@@ -33,8 +34,11 @@ OTHER = {
     "max_channels": 8,
     "study": "other",
     "min_accuracy": 0.5,
-    "model_name": "other",
     "min_gain": 0.01,
+    "model_name": "other",
+    "score_images": 700,
+    "seconds": 0.05,
+    "traced_calls": 3,
 }
 
 
@@ -98,8 +102,7 @@ def test_the_maps_name_every_lesson(page):
 
 def test_the_parameters_of_lesson_01_are_those_of_the_configuration():
     inspected = pm.inspect_notebook(LESSONS / "01_track_a_run.ipynb")
-    defaults = {name: yaml.safe_load(each["default"]) for name, each in inspected.items()}
-    assert TrainConfig(**defaults) == TrainConfig()
+    assert TrainConfig(**defaults("01_track_a_run")) == TrainConfig()
     assert list(inspected) == list(TrainConfig.model_fields)
     assert all(each["help"] for each in inspected.values())
 
@@ -109,217 +112,8 @@ def test_the_parameter_files_fit():
     assert TrainConfig.from_yaml(LESSONS / "params" / "full.yaml").train_images == 60_000
 
 
-def check_lesson_00(params):
-    (run,) = mlflow.search_runs(experiment_names=["00_start_here"], output_format="list")
-    assert run.info.status == "FINISHED" and run.info.run_name == "first"
-    assert int(run.data.params["train_images"]) == params["train_images"]
-    assert 60 < run.data.metrics["mean_pixel"] < 85
-
-
-def check_lesson_01(params):
-    client = MlflowClient()
-    runs = {
-        run.info.run_name: run for run in mlflow.search_runs(experiment_names=["01_track_a_run"], output_format="list")
-    }
-    assert set(runs) == {"baseline", "doomed"}
-    run, doomed = runs["baseline"], runs["doomed"]
-    assert doomed.info.status == "FAILED" and doomed.data.tags["error"].startswith("ValueError: the loss")
-    assert run.info.status == "FINISHED"
-    assert TrainConfig.from_params(run.data.params) == TrainConfig(**params)
-    train = client.get_metric_history(run.info.run_id, "train_loss")
-    steps = [point.step for point in train]
-    assert steps == sorted(set(steps)) and len(steps) > params["epochs"]
-    validation = client.get_metric_history(run.info.run_id, "val_accuracy")
-    assert len(validation) == params["epochs"] and validation[-1].step == steps[-1]
-    assert train[-1].value < train[0].value
-    assert 0.7 < run.data.metrics["test_accuracy"] < 1
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
-        "model_summary.txt",
-        "mistakes.png",
-        "confusion_matrix.png",
-    }
-    assert {"mlflow.source.git.commit", "git_dirty", "data_digest", "device", "seed"} <= run.data.tags.keys()
-    models = {
-        model.name: model for model in mlflow.search_logged_models([run.info.experiment_id], output_format="list")
-    }
-    assert set(models) == {"best_model", "last_model"}
-    best = max(validation, key=lambda point: (point.value, -point.step)).step
-    linked = {metric.key: metric.value for metric in models["best_model"].metrics if metric.step == best}
-    assert linked["test_accuracy"] == run.data.metrics["test_accuracy"] and "val_accuracy" in linked
-    check_models_reload(models, params, run)
-
-
-def check_models_reload(models, params, run):
-    """The best model, loaded back, has the test accuracy that was logged."""
-    from demo_lib.data import batches, load_data
-
-    data = load_data(TrainConfig(**params))
-    loaded = mlflow.pytorch.load_model(models["best_model"].model_uri)
-    with torch.inference_mode():
-        right = [(loaded(images).argmax(1) == labels).float().sum() for images, labels in batches(data.test, 500)]
-    assert sum(right).item() / len(data.test) == pytest.approx(run.data.metrics["test_accuracy"], abs=1e-6)
-
-
-def families(experiment):
-    """Return {parent's name: (parent, its children)} of an experiment, and the names of runs with no family."""
-    found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
-    top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    of = {run.info.run_id: [] for run in top}
-    for run in found:
-        if parent := run.data.tags.get("mlflow.parentRunId"):
-            of[parent].append(run)
-    return {run.info.run_name: (run, of[run.info.run_id]) for run in top}
-
-
-def check_lesson_02(params):
-    tree = families("02_tune_with_nested_runs")
-    parent, children = tree["by hand"]
-    assert len(children) == params["trials"]
-    assert {run.info.status for run in children} <= {"FINISHED", "KILLED"}
-    assert parent.info.status == "FINISHED"
-    winner = mlflow.get_run(parent.data.tags["best_run_id"])
-    assert winner.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert parent.data.metrics["best_val_accuracy"] == winner.data.metrics["val_accuracy"]
-    assert winner.data.params["learning_rate"] == parent.data.tags["best_learning_rate"]
-    assert all(int(run.data.params["channels"]) <= params["max_channels"] for run in children)
-    plots = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "study")}
-    assert {"study/optimization_history.png", "study/parallel_coordinate.png"} <= plots
-    assert len(tree["parallel, right"][1]) == 6 and not tree["parallel, wrong"][1]
-    assert len([name for name in tree if name.startswith("toy ")]) >= 1
-    (name,) = [name for name in tree if name.startswith(f"{params['study']}-")]
-    resumed, trials = tree[name]
-    done = [run for run in trials if run.data.tags["trial_state"] in ("COMPLETE", "PRUNED")]
-    assert resumed.info.status == "FINISHED" and len(done) == 4
-    assert not [run for _, (top, below) in tree.items() for run in (top, *below) if run.info.status == "RUNNING"]
-
-
-def check_lesson_03(params):
-    tree = families("03_query_and_plot_runs")
-    parent, children = tree[params["study"]]
-    assert parent.info.status == "FINISHED" and len(children) == params["trials"]
-    best = max(children, key=lambda run: run.data.metrics["val_accuracy"])
-    files = {run.info.run_id: MlflowClient().list_artifacts(run.info.run_id) for run in children}
-    plotted = [run for run in children if "loss_curve.png" in {file.path for file in files[run.info.run_id]}]
-    assert len(plotted) == 1
-    assert plotted[0].data.metrics["val_accuracy"] == best.data.metrics["val_accuracy"]
-    baseline = families("01_track_a_run")["baseline"][0]
-    assert TrainConfig.from_params(baseline.data.params) == TrainConfig.from_params(plotted[0].data.params)
-    client = MlflowClient()
-    for metric in ("train_loss", "val_loss"):
-        first, second = (
-            [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
-            for run in (plotted[0], baseline)
-        )
-        assert first == second
-
-
-def check_lesson_04(params):
-    tree = families("04_package_a_model")
-    run, classifier = tree["checkpoints"][0], tree["classifier"][0]
-    assert run.info.status == classifier.info.status == "FINISHED"
-    assert not MlflowClient().list_artifacts(run.info.run_id)
-    found = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
-    models = {model.name: model for model in found}
-    epochs = [f"epoch-{epoch}" for epoch in range(1, params["epochs"] + 1)]
-    assert set(models) == {*epochs, "named", "inferred", "frozen", "classifier"}
-    assert {model.status for model in found} == {"READY"}
-    for name in epochs:
-        assert {metric.key for metric in models[name].metrics} == {"val_loss", "val_accuracy"}
-        assert {metric.dataset_name for metric in models[name].metrics} == {"validation"}
-    accuracy = {name: {each.key: each.value for each in models[name].metrics}["val_accuracy"] for name in epochs}
-    best = mlflow.get_logged_model(mlflow.models.get_model_info(models["classifier"].model_uri).metadata["network"])
-    assert accuracy[best.name] == max(accuracy.values())
-    check_evaluation(models["classifier"], best, params, classifier)
-
-
-def check_evaluation(classifier, network, params, run):
-    """The classifier is as often right as was logged, and gives the labels of the network inside it."""
-    from demo_lib.data import CLASSES, load_data
-    from demo_lib.packaging import raw_images
-
-    known = {name: value for name, value in params.items() if name in TrainConfig.model_fields}
-    test = load_data(TrainConfig(**known)).test
-    labels = mlflow.pyfunc.load_model(classifier.model_uri).predict(raw_images(test))["label"]
-    right = sum(label == CLASSES[truth] for label, truth in zip(labels, test.labels, strict=True))
-    assert right / len(test) == pytest.approx(run.data.metrics["accuracy_score"], abs=1e-6)
-    with torch.inference_mode():
-        logits = mlflow.pytorch.load_model(network.model_uri)(test.images[:100] / 255)
-    assert [CLASSES[best] for best in logits.argmax(1)] == list(labels[:100])
-    assert {metric.key for metric in classifier.metrics} >= {"accuracy_score"}
-    files = {file.path for file in MlflowClient().list_artifacts(run.info.run_id)}
-    assert files == {"per_class_metrics.csv", "confusion_matrix.png"}
-
-
-def check_lesson_07(params):
-    runs = mlflow.search_runs(experiment_names=["07_run_a_project"], output_format="list")
-    (changed,), (committed,) = ([run for run in runs if run.info.run_name == name] for name in ("changed", "committed"))
-    (again,) = [run for run in runs if "reproduces" in run.data.tags]
-    (failed,) = [run for run in runs if run.info.status == "FAILED"]
-    assert len(runs) == 4 and failed.data.params["epochs"] == "0"
-    for run in (changed, committed, again):
-        assert run.info.status == "FINISHED"
-        assert TrainConfig.from_params(run.data.params).model_copy(update={"device": "auto"}) == TrainConfig(**params)
-    for run, dirty in ((changed, "true"), (committed, "false")):
-        assert (run.data.tags["mlflow.source.type"], run.data.tags["git_dirty"]) == ("PROJECT", dirty)
-    assert committed.data.tags["mlflow.source.git.commit"] == changed.data.tags["mlflow.source.git.commit"]
-    assert committed.data.tags["mlflow.source.name"].startswith("file://")
-    assert again.data.tags["reproduces"] == committed.info.run_id
-    losses = [
-        [(point.step, point.value) for point in MlflowClient().get_metric_history(run.info.run_id, "train_loss")]
-        for run in (changed, committed, again)
-    ]
-    assert losses[0] != losses[1] == losses[2]
-
-
-def check_lesson_05(params):
-    from demo_lib.data import CLASSES, load_data
-    from demo_lib.packaging import raw_images
-
-    client, name = MlflowClient(), params["model_name"]
-    runs = mlflow.search_runs(experiment_names=["05_register_and_promote"], output_format="list")
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    made = {(int(run.data.params["epochs"]), int(run.data.params["train_images"])): run.info.run_id for run in runs}
-    size, epochs = params["train_images"], params["epochs"]
-    assert len(runs) == 3 and made.keys() == {(1, size), (epochs, size), (epochs, size // 5)}
-    champion, former = (client.get_model_version_by_alias(name, alias) for alias in ("champion", "previous"))
-    assert (champion.run_id, former.run_id) == (made[epochs, size], made[1, size])
-    assert set(client.get_registered_model(name).aliases) == {"champion", "previous"}
-    alive = client.search_model_versions(f"name = '{name}'")
-    assert {version.run_id for version in alive} == {champion.run_id, former.run_id}
-    assert champion.description == f"epochs: {epochs}, images: {size:,}"
-    tags = champion.tags
-    assert (tags["decision"], tags["champion_version"], tags["purpose"]) == ("promoted", str(former.version), "lesson")
-    assert "rolled_back" not in tags
-    assert float(tags["accuracy"]) >= float(tags["champion_accuracy"]) + params["min_gain"]
-    split = load_data(TrainConfig.from_params(mlflow.get_run(champion.run_id).data.params)).validation
-    labels = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(raw_images(split))["label"]
-    assert float(tags["accuracy"]) == (labels == [CLASSES[label] for label in split.labels]).mean()
-    assert int(tags["images"]) == len(split)
-    deleted = [
-        model
-        for model in mlflow.search_logged_models([runs[0].info.experiment_id], output_format="list")
-        if model.source_run_id == made[epochs, size // 5] and model.name == "classifier"
-    ]
-    assert [model.status for model in deleted] == ["READY"]
-
-
-CHECKS = {
-    "00_start_here": check_lesson_00,
-    "01_track_a_run": check_lesson_01,
-    "02_tune_with_nested_runs": check_lesson_02,
-    "03_query_and_plot_runs": check_lesson_03,
-    "04_package_a_model": check_lesson_04,
-    "07_run_a_project": check_lesson_07,
-    "05_register_and_promote": check_lesson_05,
-}
-
-
 def params_of(name):
     return {key: value for key, value in OTHER.items() if key in pm.inspect_notebook(LESSONS / f"{name}.ipynb")}
-
-
-def test_every_lesson_has_a_check():
-    assert list(CHECKS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -331,7 +125,7 @@ def test_a_lesson_runs_with_other_parameters_as_the_store_shows_and_again_under_
     assert not red
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store/mlflow.db")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-    CHECKS[name](params_of(name))
+    check_lesson(name, params_of(name))
     run_under_nbval(name)
     runs = mlflow.search_runs(experiment_names=[name], output_format="list")
     assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
@@ -345,10 +139,14 @@ def run_under_nbval(name):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_on_a_server(name, home, tmp_path, monkeypatch, tracking_server):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_server)
-    run_lesson(name, tmp_path, params_of(name))
-    mlflow.set_tracking_uri(tracking_server)
-    CHECKS[name](params_of(name))
-    assert not (home / "store" / "artifacts").exists()
+def test_a_failing_cell_of_lesson_06_leaves_no_server(home, tmp_path):
+    notebook = read("06_serve_a_model")
+    started = next(index for index, cell in enumerate(notebook.cells) if "server = serve(" in cell.source)
+    notebook.cells = [*notebook.cells[: started + 1], nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(notebook, tmp_path / "failing.ipynb")
+    with pytest.raises(pm.PapermillExecutionError, match="ZeroDivisionError"):
+        pm.execute_notebook(
+            tmp_path / "failing.ipynb", tmp_path / "out.ipynb", {"train_images": 500, "epochs": 1}, progress_bar=False
+        )
+    assert "/health: 200" in (tmp_path / "out.ipynb").read_text()
+    wait_until(lambda: not scoring_servers(home), seconds=20)

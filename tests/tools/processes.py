@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import requests
 
 
@@ -21,6 +22,27 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def scoring_servers(home: object) -> list[int]:
+    """Return the ids of the scoring servers, and of the commands that start them, that have this `DEMO_HOME`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = " ".join(process.cmdline())
+            if "mlflow models serve" in command or "scoring_server.app" in command:
+                found += [process.pid] if process.environ().get("DEMO_HOME") == str(home) else []
+        except psutil.Error:  # gone meanwhile, or not ours
+            continue
+    return found
+
+
+def wait_until(true, seconds: float = 60) -> None:
+    """Wait until `true()` is; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not true after {seconds} s"
+        time.sleep(0.1)
 
 
 @contextmanager

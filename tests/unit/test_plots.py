@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from demo_lib.plots import compare_curves, image_grid, loss_curve, parallel_coordinates
+from demo_lib.plots import call_times, compare_curves, image_grid, loss_curve, parallel_coordinates
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -150,3 +150,18 @@ def test_parallel_coordinates_writes_real_values_at_the_ends():
 def test_parallel_coordinates_says_why_it_cannot_draw(rows, params, message):
     with pytest.raises(ValueError, match=message):
         parallel_coordinates(rows, params, "val_accuracy")
+
+
+def test_call_times_shows_time_and_throughput_of_each_way():
+    rows = [
+        ("HTTP", 1, 6.0, 150.0),
+        ("HTTP", 32, 24.0, 1300.0),
+        ("network", 1, 0.5, 1900.0),
+        ("network", 32, 6.0, 5000.0),
+    ]
+    timings = pd.DataFrame(rows, columns=["way", "images", "milliseconds", "images_per_second"])
+    figure = call_times(timings)
+    assert points_of(lines_of(figure)["HTTP"]) == [(1, 6.0), (32, 24.0)]
+    left, right = figure.axes
+    assert [points_of(line) for line in right.lines] == [[(1, 150.0), (32, 1300.0)], [(1, 1900.0), (32, 5000.0)]]
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "32"]
