@@ -9,6 +9,7 @@ from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 # Told apart by colour-blind people and in print: colours, and styles and markers that repeat only after 36 lines.
@@ -125,7 +126,9 @@ def call_times(timings: pd.DataFrame) -> Figure:
             axis.plot(line["images"], line[column], style, color=COLORS[number % len(COLORS)], label=way)
         axis.set(xscale="log", yscale="log", xlabel="images in a call", title=title)
         axis.set_facecolor("white")
-        axis.set_xticks(timings["images"].unique(), timings["images"].unique(), minor=False)
+        axis.set_xticks(timings["images"].unique(), timings["images"].unique())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
     axes[0].legend()
     return figure
