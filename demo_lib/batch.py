@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,7 +66,13 @@ class Job:
             # nbclient needs the asynchronous client: with the blocking one it never sees that a kernel died.
             kernel = KernelManager(kernel_name=KERNEL, client_class=CLIENT, transport_encryption="auto")
             no_history = ["--HistoryManager.hist_file=:memory:"]
-            kernel.start_kernel(env=dict(environment), cwd=str(self.notebook.parent), extra_arguments=no_history)
+            quiet = {
+                "stdout": subprocess.DEVNULL,
+                "stderr": subprocess.DEVNULL,
+            }  # the notebook has what its cells print
+            kernel.start_kernel(
+                env=dict(environment), cwd=str(self.notebook.parent), extra_arguments=no_history, **quiet
+            )
             self.kernel = kernel
 
     def stop_kernel(self, now: bool) -> None:
