@@ -194,7 +194,7 @@ def _export(run_id: str, path: Path) -> int:
     from demo_lib.tracking import open_store
 
     open_store()
-    write = export_params if path.suffix in (".yaml", ".yml") else export_metrics
+    write = export_params if path.suffix.lower() in (".yaml", ".yml") else export_metrics
     write(run_id, path)
     print(f"wrote {path}")
     return 0

@@ -132,7 +132,7 @@ class TrainConfig(Config):
 class TuneConfig(Config):
     """One study of nested runs. What the study does not vary is fixed here; the defaults are the quick ones."""
 
-    study: str = Field("fashion", description="name of the study, by which it is resumed")
+    study: str = Field("fashion", min_length=1, description="name of the study, by which it is resumed")
     trials: int = Field(10, ge=1, le=10_000, description="trials of the whole study, pruned ones included")
     workers: int = Field(1, ge=1, le=64, description="trials at once")
     max_channels: int = Field(16, ge=4, le=128, description="widest first convolution to try")

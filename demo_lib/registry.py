@@ -82,8 +82,11 @@ def promote(model_name: str, version: int | str, min_gain: float = 0.005) -> Dec
     the time of one request; to close it, let one job at a time promote.
 
     Raises:
-        RegistryError: there is no such model or version, no training run to judge it by, or other data here.
+        RegistryError: there is no such model or version, no training run to judge it by, or other data here; or the
+            version is no classifier, or `min_gain` out of range.
     """
+    if not 0 <= min_gain <= 1:
+        raise RegistryError(f"min_gain = {min_gain!r} is not allowed: it must be a share of images from 0 to 1.")
     open_store()
     candidate = find_version(model_name, version)
     while True:
@@ -109,6 +112,8 @@ def find_champion(model_name: str) -> ModelVersion | None:
     try:
         number = client.get_registered_model(model_name).aliases.get(CHAMPION)
     except MlflowException as error:
+        if error.error_code == "INVALID_PARAMETER_VALUE":
+            raise RegistryError(f"{model_name!r} can't be the name of a model: {error.message}") from None
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
@@ -192,9 +197,17 @@ def _training_run(version: ModelVersion) -> Run:
 
 
 def _accuracy(version: ModelVersion, split: Split) -> float:
-    model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
     labels = [CLASSES[label] for label in split.labels]
-    return float((model.predict(raw_images(split))["label"] == labels).mean())
+    try:
+        model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+        predicted = model.predict(raw_images(split))["label"]
+    except (MlflowException, OSError, KeyError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise RegistryError(
+            f"version {version.version} of {version.name!r} can't be loaded or is no classifier of raw images "
+            f"({reason}): register a model that `packaging.log_classifier` made."
+        ) from None
+    return float((predicted == labels).mean())
 
 
 def _digest(split: Split) -> str:
@@ -212,7 +225,15 @@ def _record(candidate: ModelVersion, decision: Decision) -> None:
 
 
 def _move(champion: ModelVersion | None, candidate: ModelVersion) -> None:
-    client = MlflowClient()
     if champion is not None:
-        client.set_registered_model_alias(champion.name, PREVIOUS, champion.version)
-    client.set_registered_model_alias(candidate.name, CHAMPION, candidate.version)
+        _set_alias(champion, PREVIOUS)
+    _set_alias(candidate, CHAMPION)
+
+
+def _set_alias(version: ModelVersion, alias: str) -> None:
+    """Set the alias; of two who make a new one at once, a database answers one with an error, the first time only."""
+    client = MlflowClient()
+    try:
+        client.set_registered_model_alias(version.name, alias, version.version)
+    except MlflowException:
+        client.set_registered_model_alias(version.name, alias, version.version)

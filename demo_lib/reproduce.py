@@ -139,7 +139,8 @@ def _on_its_device(original: Run) -> TrainConfig:
 def _cpu_threads(count: str | None) -> Iterator[None]:
     """Compute with this many threads: sums in another order differ in their last bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(int(count or before))
+    known = count is not None and count.isdigit() and 0 < int(count) <= 256  # the tag can be anything
+    torch.set_num_threads(int(count) if known else before)
     try:
         yield
     finally:

@@ -40,6 +40,7 @@ from mlflow.utils.rest_utils import http_request
 from tqdm import tqdm
 
 PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
 # PyTorch takes seconds to load and the batch run tracks without it: the functions that need it import it.
@@ -76,13 +77,18 @@ def open_store() -> str:
     """Choose the tracking store as `connect` does, without an experiment, and return its address.
 
     Raises:
-        TrackingError: the server doesn't answer, or the store can't be made.
+        TrackingError: the address is none of a store, the server doesn't answer, or the store can't be made.
     """
     uri = tracking_uri()
     if (database := sqlite_file(uri)) is not None:
         _create_store(database)
     elif uri.startswith("http"):
         _ask_server(uri)
+    elif uri.partition(":")[0].partition("+")[0] not in DATABASES:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI = {uri!r} is no store: set it to a server's http address, to sqlite:// and the path "
+            "of a file or to another database's address, or unset it."
+        )
     mlflow.set_tracking_uri(uri)
     return uri
 
@@ -373,7 +379,10 @@ def _project_experiment() -> Experiment | None:
     if not run_id:
         return None
     try:
-        return mlflow.get_experiment(mlflow.get_run(run_id).info.experiment_id)
+        opened = mlflow.get_run(run_id).info
+        if opened.status != "RUNNING":
+            raise TrackingError(f"the run {run_id} that MLFLOW_RUN_ID names has ended: unset MLFLOW_RUN_ID.")
+        return mlflow.get_experiment(opened.experiment_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -417,8 +426,10 @@ def _create_store(database: Path) -> None:
 
     MLflow's own first start migrates step by step, and processes that start together break each other's migrations.
     """
-    if database.exists():
+    if database.is_file():
         return
+    if database.is_dir():
+        raise TrackingError(f"the store {database} is a folder: MLFLOW_TRACKING_URI must name a file in it.")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(database.with_name(f".{database.name}.lock")):

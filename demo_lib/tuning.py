@@ -26,7 +26,7 @@ import optuna
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
-from mlflow import MlflowClient
+from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
@@ -139,7 +139,8 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     the test split.
 
     Raises:
-        TuneError: the storage is MLflow's, another process runs the study, or no trial was completed.
+        TuneError: the storage is MLflow's, the study's parent run is gone, another process runs the study, or no trial
+            was completed.
     """
     connect(experiment)
     study = open_study(config, storage)
@@ -242,7 +243,21 @@ def _return_to(parent_run_id: str) -> None:
     """
     if opened := os.environ.pop("MLFLOW_RUN_ID", None):
         MlflowClient().set_tag(opened, "continues", parent_run_id)
-    mlflow.set_experiment(experiment_id=mlflow.get_run(parent_run_id).info.experiment_id)
+    try:
+        parent = mlflow.get_run(parent_run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise TuneError(
+            f"the study's parent run {parent_run_id} is not in this store: set MLFLOW_TRACKING_URI to the store that "
+            "has it, or give the study another name."
+        ) from None
+    if parent.info.lifecycle_stage == "deleted":
+        raise TuneError(
+            f"the study's parent run {parent_run_id} is deleted: bring it back with `mlflow runs restore --run-id "
+            f"{parent_run_id}`, or give the study another name."
+        )
+    mlflow.set_experiment(experiment_id=parent.info.experiment_id)
 
 
 @contextmanager

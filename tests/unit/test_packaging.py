@@ -6,7 +6,7 @@ import sys
 from demo_lib.config import TrainConfig
 from demo_lib.data import CLASSES, load_data
 from demo_lib.model import build_model
-from demo_lib.packaging import log_classifier, raw_images
+from demo_lib.packaging import PackageError, log_classifier, raw_images
 from demo_lib.tracking import connect, log_model
 from demo_lib.training import predict
 
@@ -55,6 +55,23 @@ def test_the_classifier_refuses_what_is_no_raw_image(network, images, reason):
     assert len(classifier.predict(np.zeros((1, 28, 28), np.uint8))) == 1
     with pytest.raises(mlflow.MlflowException, match=reason):
         classifier.predict(images)
+
+
+def test_the_classifier_takes_views_and_read_only_arrays(network, recwarn):
+    classifier = mlflow.pyfunc.load_model(log_classifier(network[1]).model_uri)
+    images = raw_images(load_data(TrainConfig(train_images=200)).validation)
+    backwards = classifier.predict(images[::-1])
+    images.flags.writeable = False
+    assert list(classifier.predict(images).label) == list(backwards.label)[::-1]
+    assert not [each for each in recwarn if "writable" in str(each.message)]
+
+
+@pytest.mark.parametrize("address", ["", None, "models:/m-nope", "m-nope", "models:/nobody@champion"])
+def test_a_network_that_is_not_there_is_one_sentence_and_leaves_no_model(home, address):
+    experiment = connect("packaging")
+    with pytest.raises(PackageError, match="there is no model at"):
+        log_classifier(address)
+    assert not mlflow.search_logged_models([experiment.experiment_id], output_format="list")
 
 
 def test_the_classifier_loads_without_pickle_and_without_the_library(network, monkeypatch):

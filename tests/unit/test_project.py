@@ -148,6 +148,16 @@ def test_a_run_that_is_in_another_store_is_one_sentence(home, monkeypatch):
         connect("train")
 
 
+def test_a_run_that_has_ended_is_not_gone_on_with(home, monkeypatch):
+    connect("train")
+    with mlflow.start_run() as ended:
+        pass
+    monkeypatch.setenv("MLFLOW_RUN_ID", ended.info.run_id)
+    with pytest.raises(TrackingError, match="that MLFLOW_RUN_ID names has ended: unset MLFLOW_RUN_ID"):
+        connect("train")
+    assert mlflow.get_run(ended.info.run_id).info.status == "FINISHED"
+
+
 def test_another_value_than_the_run_has_is_refused(home):
     connect("values")
     with mlflow.start_run() as active:

@@ -211,6 +211,25 @@ def test_a_missing_model_or_version_is_one_sentence(versions, name, number, sent
     assert str(error.value) == sentence
 
 
+@pytest.mark.parametrize("gain", [-0.1, 1.5, float("nan")])
+def test_a_gain_that_is_no_share_is_refused(home, gain):
+    with pytest.raises(RegistryError, match="it must be a share of images from 0 to 1"):
+        promote("m", 1, gain)
+
+
+def test_a_name_that_no_model_can_have_is_one_sentence(home):
+    with pytest.raises(RegistryError, match="'a/b' can't be the name of a model"):
+        first_champion("a/b", CONFIGS["poor"])
+
+
+def test_a_version_that_is_no_classifier_is_one_sentence(versions):
+    run_id = MlflowClient().get_model_version("m", versions.good).run_id
+    network = mlflow.register_model(f"runs:/{run_id}/best_model", "m").version
+    with pytest.raises(RegistryError, match=f"version {network} of 'm' can't be loaded or is no classifier") as error:
+        promote("m", network)
+    assert "\n" not in str(error.value) and tags(network) == {}
+
+
 def test_an_empty_registry_says_what_to_do(home):
     with pytest.raises(RegistryError, match=r"^the registry has no model 'm': register one\.$"):
         promote("m", 1)

@@ -4,7 +4,7 @@ import sqlite3
 
 from demo_lib.__main__ import main
 from demo_lib.config import TrainConfig, TuneConfig
-from demo_lib.reproduce import ReproduceError, compare, differences, reproduce
+from demo_lib.reproduce import ReproduceError, _cpu_threads, compare, differences, reproduce
 from demo_lib.tracking import connect, train
 from demo_lib.tuning import tune
 
@@ -68,6 +68,13 @@ def test_an_altered_metric_is_named_with_its_step_and_exit_code_1(home, capsys):
     assert main(["reproduce", original.info.run_id]) == 1
     said = capsys.readouterr().out
     assert "NOT the same: 1 of " in said and f"first train_loss at step 4: {value!r} then, " in said
+
+
+@pytest.mark.parametrize("tag", [None, "0", "-1", "many", "9999"])
+def test_a_tag_that_is_no_number_of_threads_changes_nothing(tag):
+    before = torch.get_num_threads()
+    with _cpu_threads(tag):
+        assert torch.get_num_threads() == before
 
 
 def test_a_trial_of_a_study_can_be_reproduced(home):

@@ -106,6 +106,20 @@ def test_without_git_only_the_commit_is_missing(home, monkeypatch, tmp_path):
     assert "mlflow.source.git.commit" not in tags and tags["python_version"]
 
 
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("sqlite:///{home}/store", "is a folder: MLFLOW_TRACKING_URI must name a file in it"),
+        ("{home}/mlruns", "is no store: set it to a server's http address, to sqlite:// and the path of a file"),
+        ("foo://bar", "MLFLOW_TRACKING_URI = 'foo://bar' is no store"),
+    ],
+)
+def test_an_address_that_is_no_store_is_one_sentence(home, monkeypatch, address, sentence):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(home=home))
+    with pytest.raises(TrackingError, match=sentence):
+        connect("anything")
+
+
 def test_an_exception_ends_the_run_failed_with_the_error(home):
     connect("ends")
     with pytest.raises(ZeroDivisionError), mlflow.start_run() as run, truthful_status():

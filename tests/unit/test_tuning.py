@@ -154,6 +154,18 @@ def test_a_study_goes_on_in_the_same_parent_run(home):
     check_study(home, "on", 5)
 
 
+def test_a_study_does_not_go_on_without_its_parent_run(home):
+    first = tune(config(trials=1, study="on"))
+    MlflowClient().delete_run(first.info.run_id)
+    with pytest.raises(
+        TuneError, match=f"is deleted: bring it back with `mlflow runs restore --run-id {first.info.run_id}`"
+    ):
+        tune(config(trials=2, study="on"))
+    open_study(config(study="on")).set_user_attr("parent_run_id", "f" * 32)
+    with pytest.raises(TuneError, match="is not in this store: set MLFLOW_TRACKING_URI"):
+        tune(config(trials=2, study="on"))
+
+
 def test_a_study_does_not_go_on_with_another_configuration(home):
     tune(config(trials=1, study="on"))
     with pytest.raises(TuneError, match=r"study 'on' was begun with epochs = 2, not 1: keep it, or give"):
