@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -127,7 +128,7 @@ def truthful_status() -> Iterator[None]:
     if run is None:
         raise TrackingError("truthful_status() needs an active run: start one before it in the same `with`.")
     try:
-        with _sigterm_raised():
+        with _signals_between_queries():
             yield
     except (KeyboardInterrupt, SystemExit, _Terminated) as error:
         _close_down_to(run, "KILLED", error)
@@ -348,19 +349,46 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def _sigterm_raised() -> Iterator[None]:
+def _signals_between_queries() -> Iterator[None]:
+    """Raise Ctrl-C as KeyboardInterrupt and SIGTERM as _Terminated, but never in the middle of a database query.
+
+    A query that an exception cuts off keeps a SQLite file locked for as long as the exception's traceback lives.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    raised = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
 
-    def handler(signum: int, frame: object) -> None:
-        raise _Terminated
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if _in_query(frame):
+            threading.Timer(0.02, _send_to_main_thread, [signum]).start()
+        else:
+            raise raised[signum]
 
-    before = signal.signal(signal.SIGTERM, handler)
+    # A handler of somebody else's for Ctrl-C stays.
+    chosen = [each for each in raised if each == signal.SIGTERM or signal.getsignal(each) == signal.default_int_handler]
+    before = {signum: signal.signal(signum, handler) for signum in chosen}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
+
+
+def _send_to_main_thread(signum: int) -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signum)  # to any other, it would not end a sleep
+    else:
+        signal.raise_signal(signum)
+
+
+def _in_query(frame: FrameType | None) -> bool:
+    """Whether the frame or one that called it is SQLAlchemy's."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("sqlalchemy."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _close_down_to(run: Run, status: str, error: BaseException) -> None:

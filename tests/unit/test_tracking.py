@@ -15,6 +15,7 @@ from demo_lib.tracking import TrackingError, batched_metrics, connect, provenanc
 
 import mlflow
 import pytest
+import sqlalchemy
 import torch
 from mlflow import MlflowClient
 
@@ -138,6 +139,30 @@ def test_an_interrupt_ends_the_run_and_those_nested_in_it_killed(home):
         raise KeyboardInterrupt
     assert [mlflow.get_run(each.info.run_id).info.status for each in (run, nested)] == ["KILLED", "KILLED"]
     assert mlflow.active_run() is None
+
+
+def test_an_interrupt_waits_for_the_query_that_it_meets(home):
+    """Cut off, the query would keep the SQLite file locked while the interrupt ends the run."""
+    connect("signals")
+    engine = mlflow.tracking._tracking_service.utils._get_store().engine
+    met = []
+
+    def interrupt(*arguments):
+        if not met:
+            met.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), mlflow.start_run() as run, truthful_status():
+        sqlalchemy.event.listen(engine, "after_cursor_execute", interrupt)
+        try:
+            mlflow.log_param("whole", 1)
+            time.sleep(5)
+        finally:
+            sqlalchemy.event.remove(engine, "after_cursor_execute", interrupt)
+    assert met and time.monotonic() - started < 5
+    found = mlflow.get_run(run.info.run_id)
+    assert found.info.status == "KILLED" and found.data.params == {"whole": "1"}
 
 
 def test_success_ends_the_run_finished(home):
