@@ -358,12 +358,15 @@ def _signals_between_queries() -> Iterator[None]:
         yield
         return
     raised = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
+    waiting: set[int] = set()
 
     def handler(signum: int, frame: FrameType | None) -> None:
-        if _in_query(frame):
-            threading.Timer(0.02, _send_to_main_thread, [signum]).start()
-        else:
+        if not _in_query(frame):
+            waiting.discard(signum)
             raise raised[signum]
+        if signum not in waiting:
+            waiting.add(signum)
+            threading.Thread(target=_send_while, args=(signum, waiting), daemon=True).start()
 
     # A handler of somebody else's for Ctrl-C stays.
     chosen = [each for each in raised if each == signal.SIGTERM or signal.getsignal(each) == signal.default_int_handler]
@@ -373,13 +376,25 @@ def _signals_between_queries() -> Iterator[None]:
     finally:
         for signum, previous in before.items():
             signal.signal(signum, previous)
+        if late := list(waiting):
+            waiting.clear()
+            raise raised[late[0]]
 
 
-def _send_to_main_thread(signum: int) -> None:
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, signum)  # to any other, it would not end a sleep
-    else:
-        signal.raise_signal(signum)
+def _send_while(signum: int, waiting: set[int]) -> None:
+    """Send the signal to the main thread until it has been raised there.
+
+    Sent once, it could come between the start of a blocking call and the wait in it, which it then would not end.
+    """
+    main = threading.main_thread().ident
+    while True:
+        time.sleep(0.02)
+        if signum not in waiting:
+            return
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(main, signum)  # to any other thread, it would not end a blocking call of the main one
+        else:
+            signal.raise_signal(signum)
 
 
 def _in_query(frame: FrameType | None) -> bool:
