@@ -65,13 +65,12 @@ class Job:
         if self.kernel is None:
             # nbclient needs the asynchronous client: with the blocking one it never sees that a kernel died.
             kernel = KernelManager(kernel_name=KERNEL, client_class=CLIENT, transport_encryption="auto")
-            no_history = ["--HistoryManager.hist_file=:memory:"]
-            quiet = {
-                "stdout": subprocess.DEVNULL,
-                "stderr": subprocess.DEVNULL,
-            }  # the notebook has what its cells print
             kernel.start_kernel(
-                env=dict(environment), cwd=str(self.notebook.parent), extra_arguments=no_history, **quiet
+                env=dict(environment),
+                cwd=str(self.notebook.parent),
+                extra_arguments=["--HistoryManager.hist_file=:memory:"],
+                stdout=subprocess.DEVNULL,  # the notebook has what its cells print
+                stderr=subprocess.DEVNULL,
             )
             self.kernel = kernel
 

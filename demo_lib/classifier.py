@@ -23,7 +23,7 @@ class FashionClassifier(mlflow.pyfunc.PythonModel):
 
         `model_input` holds uint8 images of shape (N, 28, 28).
         """
-        images = torch.from_numpy(model_input.copy()).unsqueeze(1)  # PyTorch takes no view and no read-only array
+        images = torch.from_numpy(model_input.copy()).unsqueeze(1)  # PyTorch warns of read-only arrays
         with torch.inference_mode():
             logits = torch.cat([self.network(part / 255) for part in images.split(500)])
         probabilities = logits.softmax(dim=1).numpy()

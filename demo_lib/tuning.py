@@ -241,8 +241,6 @@ def _return_to(parent_run_id: str) -> None:
 
     A run that `mlflow run` has opened meanwhile only points there: the first trial would take it for its own.
     """
-    if opened := os.environ.pop("MLFLOW_RUN_ID", None):
-        MlflowClient().set_tag(opened, "continues", parent_run_id)
     try:
         parent = mlflow.get_run(parent_run_id)
     except MlflowException as error:
@@ -257,6 +255,8 @@ def _return_to(parent_run_id: str) -> None:
             f"the study's parent run {parent_run_id} is deleted: bring it back with `mlflow runs restore --run-id "
             f"{parent_run_id}`, or give the study another name."
         )
+    if opened := os.environ.pop("MLFLOW_RUN_ID", None):
+        MlflowClient().set_tag(opened, "continues", parent_run_id)
     mlflow.set_experiment(experiment_id=parent.info.experiment_id)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import mlflow_server
 
 pytest.register_assert_rewrite("tests.notebooks.checks")
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,9 +86,5 @@ def tracking_server(template, tmp_path):
     store = tmp_path / "server"
     store.mkdir()
     shutil.copy(template / "store" / "mlflow.db", store / "mlflow.db")
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "files")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with serving(command, f"http://127.0.0.1:{port}/health", env=environment):
-        yield f"http://127.0.0.1:{port}"
+    with mlflow_server(store) as address:
+        yield address

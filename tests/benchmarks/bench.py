@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import mlflow_server
 
 REPEATS = 3
 BATCH_IMAGES = 60_000
@@ -141,17 +141,6 @@ def tracking_to(address: str | None) -> Iterator[None]:
         os.environ |= before
 
 
-@contextmanager
-def tracking_server(home: Path) -> Iterator[str]:
-    """Serve a store of its own from a real `mlflow server`, and give its address."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", sqlite_uri(home / "server.db"), "--artifacts-destination", str(home / "files")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with serving(command, f"http://127.0.0.1:{port}/health", env=environment):
-        yield f"http://127.0.0.1:{port}"
-
-
 def usual_dataset() -> datasets.FashionMNIST:
     """Return the training images as PyTorch's tutorials read them: one by one, from a picture to a tensor."""
     steps = [transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))]
@@ -223,7 +212,7 @@ def _logits(model: FashionNet, images: torch.Tensor) -> torch.Tensor:
 
 def measure_tracking() -> Iterator[Row]:
     """Training in a run against the same training without one: the loop, and all that the `with` takes."""
-    with new_home() as home, tracking_server(home) as address:
+    with new_home() as home, mlflow_server(home) as address:
         data = load_data(TRACKED)
         untracked(data)
         tracked(data, None)

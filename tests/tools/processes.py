@@ -4,9 +4,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from demo_lib.config import sqlite_uri
 
 import psutil
 import requests
@@ -43,6 +47,18 @@ def wait_until(true, seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline, f"not true after {seconds} s"
         time.sleep(0.1)
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """Run a real `mlflow server` on the store `mlflow.db` in the folder until the block ends, and give its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", sqlite_uri(folder / "mlflow.db")]
+    command += ["--artifacts-destination", str(folder / "files")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with serving(command, f"http://127.0.0.1:{port}/health", env=environment):
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
