@@ -128,7 +128,7 @@ def truthful_status() -> Iterator[None]:
     if run is None:
         raise TrackingError("truthful_status() needs an active run: start one before it in the same `with`.")
     try:
-        with _signals_between_queries():
+        with signals_between_queries({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}):
             yield
     except (KeyboardInterrupt, SystemExit, _Terminated) as error:
         _close_down_to(run, "KILLED", error)
@@ -138,6 +138,37 @@ def truthful_status() -> Iterator[None]:
     except BaseException as error:
         _close_down_to(run, "FAILED", error)
         raise
+
+
+@contextmanager
+def signals_between_queries(raised: Mapping[int, type[BaseException]]) -> Iterator[None]:
+    """Raise the given exception when its signal comes, but never in the middle of a database query.
+
+    A query that an exception cuts off keeps a SQLite file locked for as long as the exception's traceback lives. A
+    handler of somebody else's for Ctrl-C stays; in another thread than the main one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        if not _in_query(frame):
+            _waiting.discard(signum)
+            raise raised[signum]
+        if signum not in _waiting:
+            _waiting.add(signum)
+            threading.Thread(target=_send_while_waiting, args=(signum,), daemon=True).start()
+
+    chosen = [each for each in raised if each == signal.SIGTERM or signal.getsignal(each) == signal.default_int_handler]
+    before = {signum: signal.signal(signum, handler) for signum in chosen}
+    try:
+        yield
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)
+        if late := _waiting & set(before):
+            _waiting.difference_update(late)
+            raise raised[late.pop()]
 
 
 @contextmanager
@@ -348,40 +379,10 @@ class _Terminated(BaseException):
     """SIGTERM, raised so that `with` blocks and generators end before the process does."""
 
 
-@contextmanager
-def _signals_between_queries() -> Iterator[None]:
-    """Raise Ctrl-C as KeyboardInterrupt and SIGTERM as _Terminated, but never in the middle of a database query.
-
-    A query that an exception cuts off keeps a SQLite file locked for as long as the exception's traceback lives.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    raised = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: _Terminated}
-    waiting: set[int] = set()
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        if not _in_query(frame):
-            waiting.discard(signum)
-            raise raised[signum]
-        if signum not in waiting:
-            waiting.add(signum)
-            threading.Thread(target=_send_while, args=(signum, waiting), daemon=True).start()
-
-    # A handler of somebody else's for Ctrl-C stays.
-    chosen = [each for each in raised if each == signal.SIGTERM or signal.getsignal(each) == signal.default_int_handler]
-    before = {signum: signal.signal(signum, handler) for signum in chosen}
-    try:
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
-        if late := list(waiting):
-            waiting.clear()
-            raise raised[late[0]]
+_waiting: set[int] = set()  # signals that met a query and are to be raised after it
 
 
-def _send_while(signum: int, waiting: set[int]) -> None:
+def _send_while_waiting(signum: int) -> None:
     """Send the signal to the main thread until it has been raised there.
 
     Sent once, it could come between the start of a blocking call and the wait in it, which it then would not end.
@@ -389,7 +390,7 @@ def _send_while(signum: int, waiting: set[int]) -> None:
     main = threading.main_thread().ident
     while True:
         time.sleep(0.02)
-        if signum not in waiting:
+        if signum not in _waiting:
             return
         if hasattr(signal, "pthread_kill"):
             signal.pthread_kill(main, signum)  # to any other thread, it would not end a blocking call of the main one

@@ -17,7 +17,16 @@ from pathlib import Path
 from demo_lib.config import DemoError, TrainConfig, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
 from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
-from demo_lib.tracking import batched_metrics, connect, died_here, log_config, log_model, provenance, truthful_status
+from demo_lib.tracking import (
+    batched_metrics,
+    connect,
+    died_here,
+    log_config,
+    log_model,
+    provenance,
+    signals_between_queries,
+    truthful_status,
+)
 from demo_lib.training import evaluate, fit
 
 import matplotlib.pyplot as plt
@@ -344,12 +353,14 @@ def _work(config: TuneConfig, workers: _Workers, count: int, index: int, coordin
             seed=config.seed + len(study.trials) + 1000 * (index + 1), multivariate=True, constant_liar=True
         )
         data = load_data(config.train_config())
-        study.optimize(
-            lambda trial: run_trial(trial, config, data, workers.parent_run_id),
-            n_trials=count,
-            catch=() if config.stop_on_error else Exception,
-            callbacks=[lambda study, trial: study.stop() if os.getppid() != coordinator else None],
-        )
+        # Also between the trials and in `suggest`, outside of the trial's run: the study is a SQLite file, too.
+        with signals_between_queries({signal.SIGTERM: KeyboardInterrupt}):
+            study.optimize(
+                lambda trial: run_trial(trial, config, data, workers.parent_run_id),
+                n_trials=count,
+                catch=() if config.stop_on_error else Exception,
+                callbacks=[lambda study, trial: study.stop() if os.getppid() != coordinator else None],
+            )
     except KeyboardInterrupt:
         return
     except Exception:

@@ -259,3 +259,30 @@ def test_a_study_killed_whole_goes_on(home):
     assert again.returncode == 0, errors
     _, parent, _ = check_study(home, "w", 4)
     assert parent.info.status == "FINISHED"
+
+
+WORKER = """
+import os, signal, sqlalchemy
+from demo_lib import config, tuning
+from demo_lib.tracking import connect
+
+import mlflow
+
+
+@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "before_cursor_execute")
+def interrupt(connection, cursor, statement, *rest):
+    if statement.startswith("SELECT trial_params"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+connect("tune")
+with mlflow.start_run() as parent:
+    workers = tuning._Workers("tune", None, parent.info.run_id)
+    tuning._work(config.TuneConfig(study="q", train_images=600), workers, 2, 0, os.getppid())
+"""
+
+
+def test_a_worker_stopped_in_the_middle_of_a_query_ends_its_trial(home):
+    ended = subprocess.run([sys.executable, "-c", WORKER], env=os.environ, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [trial.state for trial in open_study(config(study="q")).trials] == [optuna.trial.TrialState.FAIL]
