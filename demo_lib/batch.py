@@ -121,7 +121,11 @@ def run(jobs: Sequence[Job], workers: int = 0, progress: bool = True) -> str:
 
     Each job's `status`, `seconds` and `error` tell what came of it. Ctrl-C and SIGTERM interrupt the running lessons,
     which end their own runs; the parent run ends KILLED and the exception goes on.
+
+    Raises:
+        BatchError: a folder for the executed notebooks can't be made; nothing has run.
     """
+    _make_folders(jobs)
     cores = os.cpu_count() or 1
     workers = min(workers or cores, len(jobs))
     environment = os.environ | {
@@ -138,6 +142,16 @@ def run(jobs: Sequence[Job], workers: int = 0, progress: bool = True) -> str:
     finally:
         for job in jobs:
             job.stop_kernel(now=True)
+
+
+def _make_folders(jobs: Sequence[Job]) -> None:
+    for folder in dict.fromkeys(job.output.parent for job in jobs):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BatchError(
+                f"the folder {folder} can't be made ({error.strerror}): choose another --output."
+            ) from None
 
 
 def table(jobs: Sequence[Job]) -> str:
@@ -197,7 +211,7 @@ def _run_tracked(jobs: Sequence[Job], workers: int, environment: Mapping[str, st
 
 def _run_child(job: Job, parent: Run, environment: Mapping[str, str], bar: tqdm) -> None:
     """Run one lesson as a child run of the batch that ends with the lesson's status."""
-    from demo_lib.tracking import close_stale_runs, provenance
+    from demo_lib.tracking import close_stale_runs, own_name, provenance
 
     from mlflow import MlflowClient
     from mlflow.entities import Param
@@ -218,7 +232,7 @@ def _run_child(job: Job, parent: Run, environment: Mapping[str, str], bar: tqdm)
             client.log_artifact(child, str(job.output))
     finally:
         client.set_terminated(child, job.status if job.status in ("FINISHED", "KILLED") else "FAILED")
-        if job.status != "FINISHED" and (experiment := client.get_experiment_by_name(job.lesson)):
+        if job.status != "FINISHED" and (experiment := client.get_experiment_by_name(own_name(job.lesson))):
             close_stale_runs([experiment.experiment_id])
         bar.write(f"{job.lesson}: {job.status.lower()} in {job.seconds:.1f} s")
 

@@ -58,7 +58,7 @@ def settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise ConfigError(_sentence(Settings, error, prefix="DEMO_")) from None
+        raise ConfigError(explain(Settings, error, prefix="DEMO_")) from None
 
 
 def tracking_uri() -> str:
@@ -89,7 +89,7 @@ class Config(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            raise ConfigError(_sentence(cls, error)) from None
+            raise ConfigError(explain(cls, error)) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -132,7 +132,7 @@ class TrainConfig(Config):
 class TuneConfig(Config):
     """One study of nested runs. What the study does not vary is fixed here; the defaults are the quick ones."""
 
-    study: str = Field("fashion", min_length=1, description="name of the study, by which it is resumed")
+    study: str = Field("fashion", pattern=r"\S", description="name of the study, by which it is resumed")
     trials: int = Field(10, ge=1, le=10_000, description="trials of the whole study, pruned ones included")
     workers: int = Field(1, ge=1, le=64, description="trials at once")
     max_channels: int = Field(16, ge=4, le=128, description="widest first convolution to try")
@@ -170,7 +170,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _sentence(cls: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
+def explain(cls: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
     """Turn the errors of a model into one sentence each, naming field, value and allowed range."""
     return " ".join(_explain_one(cls, detail, prefix) for detail in error.errors())
 
@@ -189,7 +189,9 @@ def allowed(field: FieldInfo) -> str:
     choices = getattr(field.annotation, "__args__", None)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "one of " + ", ".join(choices)
-    kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(field.annotation, "a valid value")
+    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text that is not blank"}.get(
+        field.annotation, "a valid value"
+    )
     low = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
     high = next((bound.le for bound in field.metadata if isinstance(bound, Le)), None)
     return kind if low is None else f"{kind} from {low} to {high}"

@@ -11,11 +11,14 @@ from demo_lib.data import CLASSES, Split
 
 import mlflow
 import numpy as np
+import requests
+import torch
 from mlflow import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.models.model import ModelInfo
 from mlflow.types import ColSpec, Schema, TensorSpec
 
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 CODE = Path(__file__).with_name("classifier.py")
 SIGNATURE = ModelSignature(
     inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, 28, 28))]),
@@ -24,7 +27,7 @@ SIGNATURE = ModelSignature(
 
 
 class PackageError(DemoError):
-    """There is no model to package."""
+    """There is no model at an address, or none that can be packaged."""
 
 
 def log_classifier(network_uri: str, name: str = "classifier", **kwargs: Any) -> ModelInfo:
@@ -34,14 +37,10 @@ def log_classifier(network_uri: str, name: str = "classifier", **kwargs: Any) ->
     active run the model belongs to none, and nobody can tell from it what it was trained on.
 
     Raises:
-        PackageError: there is no model at that address.
+        PackageError: there is no model at that address, or it is no network that takes any number of images and
+            returns a logit for each class.
     """
-    try:
-        mlflow.models.get_model_info(network_uri)
-    except (MlflowException, OSError, AttributeError):
-        raise PackageError(
-            f"there is no model at {network_uri!r}: give the address of a logged network, such as models:/m-..."
-        ) from None
+    _try(network_uri)
     requirements = [f"{package}=={version(package)}" for package in ("mlflow", "torch", "numpy", "pandas")]
     return mlflow.pyfunc.log_model(
         name=name,
@@ -53,6 +52,45 @@ def log_classifier(network_uri: str, name: str = "classifier", **kwargs: Any) ->
         pip_requirements=requirements,
         **kwargs,
     )
+
+
+def find_model(model_uri: str) -> ModelInfo:
+    """Return what MLflow knows about the model at the address; a failure of the store is passed on unchanged.
+
+    Raises:
+        PackageError: there is no model at that address.
+    """
+    try:
+        return mlflow.models.get_model_info(model_uri)
+    except requests.RequestException:
+        raise
+    except (MlflowException, OSError, AttributeError, ValueError) as error:
+        if getattr(error, "error_code", MISSING[0]) not in MISSING:
+            raise
+        raise PackageError(
+            f"there is no model at {model_uri!r}: give a model's address, such as models:/m-... or models:/NAME@ALIAS."
+        ) from None
+
+
+def _try(network_uri: str) -> None:
+    """Show the network one image and then three: one that was logged with a single image takes no other number."""
+    if "pytorch" not in (flavors := find_model(network_uri).flavors):
+        raise PackageError(
+            f"the model at {network_uri!r} is no PyTorch network (it has {', '.join(flavors)}): give one that "
+            "`mlflow.pytorch.log_model` logged."
+        )
+    network = mlflow.pytorch.load_model(network_uri)
+    for count in (1, 3):
+        try:
+            with torch.inference_mode():
+                found = tuple(network(torch.zeros(count, 1, 28, 28)).shape)
+        except Exception as error:  # the network's own code may raise anything
+            found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if found != (count, len(CLASSES)):
+            raise PackageError(
+                f"the network at {network_uri!r} does not return {len(CLASSES)} logits for each of {count} images of "
+                f"shape (1, 28, 28) ({found}): log one that does, with an example of two images or more."
+            )
 
 
 def raw_images(split: Split) -> np.ndarray:

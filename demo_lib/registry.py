@@ -7,6 +7,7 @@ import io
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from numbers import Real
 from typing import Literal
 
 from demo_lib.config import DemoError, TrainConfig
@@ -15,6 +16,7 @@ from demo_lib.packaging import log_classifier, raw_images
 from demo_lib.tracking import open_store, train
 
 import mlflow
+import requests
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
@@ -85,18 +87,18 @@ def promote(model_name: str, version: int | str, min_gain: float = 0.005) -> Dec
         RegistryError: there is no such model or version, no training run to judge it by, or other data here; or the
             version is no classifier, or `min_gain` out of range.
     """
-    if not 0 <= min_gain <= 1:
+    if not (isinstance(min_gain, Real) and 0 <= min_gain <= 1):
         raise RegistryError(f"min_gain = {min_gain!r} is not allowed: it must be a share of images from 0 to 1.")
     open_store()
     candidate = find_version(model_name, version)
     while True:
         champion = find_champion(model_name)
         decision = _judge(candidate, champion, min_gain)
+        if decision.decision == "unchanged":
+            return decision
+        _record(candidate, decision)  # first, so that a call that dies before the alias moves can be repeated whole
         if _number(find_champion(model_name)) == _number(champion):
             break
-    if decision.decision == "unchanged":
-        return decision
-    _record(candidate, decision)  # first, so that a call that dies before the alias moves can be repeated whole
     if decision.decision == "promoted":
         _move(champion, candidate)
         if (now := _number(find_champion(model_name))) != decision.version:
@@ -107,14 +109,15 @@ def promote(model_name: str, version: int | str, min_gain: float = 0.005) -> Dec
 
 
 def find_champion(model_name: str) -> ModelVersion | None:
-    """Return the version that has the alias `champion`, None if there is none or no such model."""
+    """Return the version that has the alias `champion`, None if there is none or no such model for you."""
     client = MlflowClient()
     try:
         number = client.get_registered_model(model_name).aliases.get(CHAMPION)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
             raise RegistryError(f"{model_name!r} can't be the name of a model: {error.message}") from None
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        # A server with accounts also refuses to show a model that is not there.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
             raise
         return None
     return None if number is None else client.get_model_version(model_name, number)
@@ -200,14 +203,22 @@ def _accuracy(version: ModelVersion, split: Split) -> float:
     labels = [CLASSES[label] for label in split.labels]
     try:
         model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
-        predicted = model.predict(raw_images(split))["label"]
-    except (MlflowException, OSError, KeyError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0][:200]
+        return float((model.predict(raw_images(split))["label"] == labels).mean())
+    except Exception as error:  # the model's own code may raise anything
+        if _is_of_the_store(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise RegistryError(
             f"version {version.version} of {version.name!r} can't be loaded or is no classifier of raw images "
             f"({reason}): register a model that `packaging.log_classifier` made."
         ) from None
-    return float((predicted == labels).mean())
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    """Whether the store failed, and not the model: a server that is down says nothing about it."""
+    if isinstance(error, MlflowException):
+        return error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    return isinstance(error, requests.RequestException)
 
 
 def _digest(split: Split) -> str:

@@ -15,6 +15,7 @@ from demo_lib.training import pick_device
 import pandas as pd
 import torch
 from mlflow.entities import Run
+from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 LABELS = {
@@ -25,11 +26,12 @@ LABELS = {
     "device": "device",
     "cpu_threads": "CPU threads",
 }
+METRICS = {"train_loss", "learning_rate", "val_loss", "val_accuracy", "test_loss", "test_accuracy"}  # of a training
 POINT = ["step", "metric", "nth"]
 
 
 class ReproduceError(DemoError):
-    """A run has nothing that a training could be compared with."""
+    """A run has nothing that a training could be compared with, or no new run can be made."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,14 @@ def reproduce(run_id: str, experiment: str = "reproduce") -> Reproduction:
 
     Raises:
         RunError: the run is unknown or didn't log a whole `TrainConfig`.
-        ReproduceError: the run has logged none of the metrics that a training logs.
+        ReproduceError: the run has logged none of the metrics that a training logs, or `MLFLOW_RUN_ID` is set.
     """
+    if MLFLOW_RUN_ID.get():
+        raise ReproduceError("MLFLOW_RUN_ID is set, and the training needs a run of its own: unset MLFLOW_RUN_ID.")
     open_store()
     original = find_run(run_id)
     config = _on_its_device(original)
+    _in_common(original, METRICS)
     print("\n".join(differences(original)) or "nothing differs here: code, packages, data and device are the same")
     with _cpu_threads(original.data.tags.get("cpu_threads")):
         again = train(config, experiment, {"reproduces": original.info.run_id})
@@ -93,12 +98,7 @@ def compare(original: Run, again: Run) -> Reproduction:
         ReproduceError: the runs have no metric in common.
     """
     mine, names = ({*run.data.metrics} - {"fit_seconds"} for run in (original, again))
-    metrics = sorted(name for name in mine & names if not name.startswith("system/"))
-    if not metrics:
-        raise ReproduceError(
-            f"run {original.info.run_id} ({original.info.run_name}) has none of the metrics of a training "
-            f"({', '.join(sorted(names))}): choose another run."
-        )
+    metrics = _in_common(original, names)
     then, now = (_points(run, metrics) for run in (original, again))
     how = "outer" if original.info.status == "FINISHED" else "left"
     points = then.merge(now, how, on=POINT, suffixes=("_then", "_now"), indicator="found").sort_values(POINT)
@@ -110,6 +110,17 @@ def compare(original: Run, again: Run) -> Reproduction:
         else f"{len(different)} of {len(points)} values differ; first {_text(different.iloc[0])}"
     )
     return Reproduction(again, len(points), metrics, sorted(mine - names), difference)
+
+
+def _in_common(run: Run, names: set[str]) -> list[str]:
+    """Return those of the metrics that the run has, in order."""
+    metrics = sorted(name for name in run.data.metrics.keys() & names if not name.startswith("system/"))
+    if not metrics:
+        raise ReproduceError(
+            f"run {run.info.run_id} ({run.info.run_name}) has none of the metrics of a training "
+            f"({', '.join(sorted(names))}): choose another run."
+        )
+    return metrics
 
 
 def _points(run: Run, metrics: list[str]) -> pd.DataFrame:
@@ -125,13 +136,13 @@ def _text(point: pd.Series) -> str:
 
 
 def _on_its_device(original: Run) -> TrainConfig:
-    """Return the run's configuration with the device that it ran on, or as it is if this machine lacks the device."""
+    """Return the run's configuration with the device that it ran on, or `auto` if this machine lacks the device."""
     config = config_of(original)
     try:
         recorded = TrainConfig(**config.model_dump() | {"device": original.data.tags.get("device", config.device)})
         pick_device(recorded)
     except ConfigError:
-        return config
+        return config.model_copy(update={"device": "auto"})
     return recorded
 
 

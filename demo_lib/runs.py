@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from demo_lib.config import DemoError, TrainConfig, tracking_uri
+from demo_lib.tracking import own_name
 
 import pandas as pd
 from mlflow import MlflowClient, MlflowException
@@ -240,12 +241,13 @@ def _experiments() -> dict[str, str]:
 
 def _experiment_ids(names: Sequence[str] | str) -> list[str]:
     known = _experiments()
-    for name in _listed(names):
+    asked = [own if (own := own_name(name)) in known else name for name in _listed(names)]
+    for name in asked:
         if name not in known:
             shown = [*(get_close_matches(name, known, n=10, cutoff=0) if len(known) > 10 else known)]
             more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
             raise RunError(f"the store has no experiment {name!r}; it has {', '.join(shown)}{more}.")
-    return [known[name] for name in _listed(names)]
+    return [known[name] for name in asked]
 
 
 def _search(

@@ -17,6 +17,8 @@ from contextlib import suppress
 from typing import IO, Any, Self
 
 from demo_lib.config import DemoError, tracking_uri
+from demo_lib.packaging import find_model
+from demo_lib.tracking import open_store
 
 import numpy as np
 import pandas as pd
@@ -58,9 +60,12 @@ def serve(model_uri: str, seconds: float = 120) -> Server:
     `model_uri` is a model's address such as `models:/fashion-classifier@champion`.
 
     Raises:
+        PackageError: there is no model at that address.
         ServingError: the server ended, or did not answer within `seconds`.
     """
-    port = _free_port()
+    open_store()
+    find_model(model_uri)
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model_uri, "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as log:
@@ -71,7 +76,7 @@ def serve(model_uri: str, seconds: float = 120) -> Server:
             stderr=subprocess.STDOUT,
             env=_environment(),
             start_new_session=True,  # an interrupted cell must not take the server with it
-            preexec_fn=_die_with_parent if LIBC else None,
+            preexec_fn=die_with_parent if LIBC else None,
         )
         server = Server(f"http://127.0.0.1:{port}", process)
         try:
@@ -104,7 +109,16 @@ def time_calls(
     return pd.DataFrame(rows, columns=["images", "milliseconds", "images_per_second"])
 
 
-def _free_port() -> int:
+def die_with_parent() -> None:
+    """Have Linux end this process as soon as the one that started it is dead: SIGKILL leaves that one no time to.
+
+    MLflow asks the same for the server below its command.
+    """
+    LIBC.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -118,14 +132,6 @@ def _environment() -> dict[str, str]:
     """
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     return {"OMP_NUM_THREADS": "1"} | os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(), "PATH": path}
-
-
-def _die_with_parent() -> None:
-    """Have Linux end this process as soon as the one that started it is dead: SIGKILL leaves that one no time to.
-
-    MLflow asks the same for the server below its command.
-    """
-    LIBC.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
 def _wait_for(url: str, process: psutil.Popen, seconds: float) -> None:

@@ -61,14 +61,14 @@ def connect(experiment: str) -> Experiment:
     The store is `MLFLOW_TRACKING_URI` if set, else SQLite with artifacts beside it in the folder `store/`. A new
     SQLite store is made by one process while the others wait; a server is asked once before anything is logged.
     In a process that `mlflow run` started, the experiment is that of the run which MLflow opened for it, whatever the
-    name: `mlflow.start_run` goes on in that run.
+    name: `mlflow.start_run` goes on in that run. With a login to a server, it is one of your own, see `own_name`.
 
     Raises:
         TrackingError: the server doesn't answer, or the store or the experiment can't be used.
     """
     database = sqlite_file(open_store())
     location = (_artifact_root(database) / experiment).as_uri() if database else None
-    found = _project_experiment() or _get_or_create(experiment, location)
+    found = _project_experiment() or _get_or_create(own_name(experiment), location)
     mlflow.set_experiment(experiment_id=found.experiment_id)
     close_stale_runs([found.experiment_id])
     return found
@@ -82,6 +82,8 @@ def open_store() -> str:
     """
     uri = tracking_uri()
     if (database := sqlite_file(uri)) is not None:
+        if MLFLOW_RUN_ID.get() and not database.exists():
+            raise _run_not_here()  # before a store is made that nobody asked for
         _create_store(database)
     elif uri.startswith("http"):
         _ask_server(uri)
@@ -92,6 +94,21 @@ def open_store() -> str:
         )
     mlflow.set_tracking_uri(uri)
     return uri
+
+
+def own_name(experiment: str) -> str:
+    """Return the name that the experiment has for you: on a server with a login, `LOGIN/` comes before it.
+
+    A name with a slash is taken as it is, so that others' experiments can be named.
+    """
+    login = _login()
+    return f"{login}/{experiment}" if login and "/" not in experiment else experiment
+
+
+def own_model_name(model: str) -> str:
+    """Return the name that the registered model has for you: on a server with a login, `LOGIN.` comes before it."""
+    login = _login()
+    return f"{login}.{model}" if login and not model.startswith(f"{login}.") else model
 
 
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
@@ -430,17 +447,22 @@ def _project_experiment() -> Experiment | None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise TrackingError(
-            f"the run {run_id} that `mlflow run` opened is not in the store {tracking_uri()}: before `mlflow run`, set "
-            "MLFLOW_TRACKING_URI to a store's whole address, such as sqlite:////home/me/demo/store/mlflow.db."
-        ) from None
+        raise _run_not_here() from None
+
+
+def _run_not_here() -> TrackingError:
+    return TrackingError(
+        f"the run {MLFLOW_RUN_ID.get()} that `mlflow run` opened is not in the store {tracking_uri()}: before "
+        "`mlflow run`, set MLFLOW_TRACKING_URI to a store's whole address, such as "
+        "sqlite:////home/me/demo/store/mlflow.db."
+    )
 
 
 def _source() -> dict[str, str]:
     if MLFLOW_RUN_ID.get():
         return {}
     experiment = MlflowClient().get_experiment(mlflow.tracking.fluent._get_experiment_id())
-    notebook = ROOT / "notebooks" / f"{experiment.name}.ipynb"
+    notebook = ROOT / "notebooks" / f"{experiment.name.rpartition('/')[2]}.ipynb"
     if notebook.is_file():
         return {MLFLOW_SOURCE_NAME: f"notebooks/{notebook.name}", MLFLOW_SOURCE_TYPE: "NOTEBOOK"}
     program, *arguments = sys.argv
@@ -459,6 +481,12 @@ def _commit() -> dict[str, str]:
 
 def _this_process() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+
+
+def _login() -> str:
+    """Return the user name that MLflow sends to the server, from the environment or its credentials file."""
+    uri = tracking_uri()
+    return (get_default_host_creds(uri).username or "") if uri.startswith("http") else ""
 
 
 def _artifact_root(database: Path) -> Path:

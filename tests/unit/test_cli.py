@@ -1,4 +1,6 @@
-"""The command line, as a user calls it: in a process of its own."""
+"""The command line: one call of a kind in a process of its own, as a user makes it, the others in this one."""
+
+from types import SimpleNamespace
 
 from demo_lib.__main__ import main
 
@@ -7,6 +9,23 @@ import pandas as pd
 import pytest
 
 QUICK = ["--train-images", 600, "--epochs", 1, "--channels", 4, "--device", "cpu"]
+
+
+@pytest.fixture
+def call(home, capsys, monkeypatch):
+    """Call the command line in this process, and return what `cli` does."""
+    monkeypatch.chdir(home)
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse's
+            code = error.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return run
 
 
 def test_train_logs_what_was_asked_for(home, cli, tmp_path):
@@ -43,14 +62,22 @@ def test_train_logs_what_was_asked_for(home, cli, tmp_path):
         (["plot", "ffffffff"], "has no runs yet"),
         (["reproduce", "zz"], "'zz' is no run id (4 to 32 digits and letters a-f)"),
         (["tune", "--trials", "0"], "trials = '0' is not allowed: it must be a whole number from 1 to 10000."),
+        (["tune", "--study", " "], "study = ' ' is not allowed: it must be text that is not blank."),
+        (["run", "00", "--output", "/proc/x"], "the folder /proc/x can't be made"),
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(cli, arguments, message):
-    done = cli(*arguments)
+def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
+    done = call(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 6
+
+
+def test_bad_input_ends_the_process_with_2_and_no_traceback(cli):
+    done = cli("train", "--epochs", "0")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "epochs = '0' is not allowed: it must be a whole number from 1 to 100." in done.stderr
 
 
 def test_a_negated_flag_takes_no_value(capsys):
@@ -59,17 +86,16 @@ def test_a_negated_flag_takes_no_value(capsys):
     assert "--no-flip takes no value: true" in capsys.readouterr().err
 
 
-def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(home, cli, tmp_path):
-    assert cli("train", *QUICK).returncode == 0
-    mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
+def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(cli, call, tmp_path):
+    assert call("train", *QUICK).returncode == 0
     (first,) = mlflow.search_runs(experiment_names=["train"], output_format="list")
     prefix = first.info.run_id[:6]
-    assert "logged loss_curve.png" in cli("plot", prefix).stdout
+    assert "logged loss_curve.png" in call("plot", prefix).stdout
     assert "loss_curve.png" in {file.path for file in mlflow.artifacts.list_artifacts(run_id=first.info.run_id)}
     for name in ("again.yaml", "metrics.csv", "metrics.parquet"):
-        assert cli("export", prefix, "--to", tmp_path / name).returncode == 0
+        assert call("export", prefix, "--to", tmp_path / name).returncode == 0
     assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(pd.read_parquet(tmp_path / "metrics.parquet"))
-    refused = cli("export", prefix, "--to", tmp_path / "metrics.doc")
+    refused = call("export", prefix, "--to", tmp_path / "metrics.doc")
     assert refused.returncode == 2 and ".csv, .parquet or, for the configuration, .yaml" in refused.stderr
     assert cli("train", "--config", tmp_path / "again.yaml").returncode == 0
     second = mlflow.search_runs(experiment_names=["train"], output_format="list")[0]
@@ -81,15 +107,15 @@ def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(home, cli, tmp_p
     assert losses[0] == losses[1]
 
 
-def test_help_lists_every_field_with_its_default(cli):
-    text = cli("train", "--help").stdout
+def test_help_lists_every_field_with_its_default(call):
+    text = call("train", "--help").stdout
     for option in ("--epochs", "--learning-rate", "--flip", "--no-flip", "--device {auto,cpu,cuda,mps}"):
         assert option in text
     assert "(default: 128)" in text
 
 
-def test_doctor_is_content_and_says_what_is_wrong(home, cli):
-    good = cli("doctor")
+def test_doctor_is_content_and_says_what_is_wrong(home, call, monkeypatch):
+    good = call("doctor")
     assert good.returncode == 0, good.stdout
     assert [line[6:14].strip() for line in good.stdout.splitlines()] == [
         "python",
@@ -101,7 +127,9 @@ def test_doctor_is_content_and_says_what_is_wrong(home, cli):
         "disk",
         "cores",
     ]
-    bad = cli("doctor", MLFLOW_TRACKING_URI="http://127.0.0.1:1", DEMO_DATA_DIR=str(home))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("DEMO_DATA_DIR", str(home))
+    bad = call("doctor")
     assert bad.returncode == 1
     assert "MEND  store     no MLflow server answers at http://127.0.0.1:1" in bad.stdout
     assert "MEND  data" in bad.stdout and "put Fashion-MNIST's four files there" in bad.stdout

@@ -148,6 +148,16 @@ def test_a_run_that_is_in_another_store_is_one_sentence(home, monkeypatch):
         connect("train")
 
 
+def test_a_relative_address_leaves_no_database_where_the_project_runs(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI to a store's whole address"):
+        connect("train")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_run_that_has_ended_is_not_gone_on_with(home, monkeypatch):
     connect("train")
     with mlflow.start_run() as ended:

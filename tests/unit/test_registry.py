@@ -14,6 +14,7 @@ from demo_lib.tracking import connect, open_store
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
 
 TINY = {"channels": 4, "batch_size": 32, "log_every": 100, "device": "cpu"}
@@ -54,6 +55,10 @@ def aliases():
 
 def tags(version):
     return MlflowClient().get_model_version("m", version).tags
+
+
+def raising(error):
+    raise error
 
 
 def set_champion(version):
@@ -182,6 +187,20 @@ def test_a_champion_that_changes_meanwhile_is_judged_anew(versions, monkeypatch)
     assert aliases() == {"champion": versions.good}
 
 
+def test_a_champion_that_changes_while_the_reasons_are_recorded_stays(versions, monkeypatch):
+    record = registry._record
+
+    def somebody_else_is_faster(candidate, decision):
+        record(candidate, decision)
+        set_champion(versions.good)
+
+    monkeypatch.setattr(registry, "_record", somebody_else_is_faster)
+    set_champion(versions.poor)
+    decision = promote("m", versions.fair)
+    assert (decision.decision, decision.champion_version) == ("refused", versions.good)
+    assert aliases() == {"champion": versions.good} and tags(versions.fair)["decision"] == "refused"
+
+
 def test_a_version_that_is_overtaken_in_the_last_moment_says_so(versions, monkeypatch):
     move = registry._move
 
@@ -211,7 +230,7 @@ def test_a_missing_model_or_version_is_one_sentence(versions, name, number, sent
     assert str(error.value) == sentence
 
 
-@pytest.mark.parametrize("gain", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("gain", [-0.1, 1.5, float("nan"), "a", None])
 def test_a_gain_that_is_no_share_is_refused(home, gain):
     with pytest.raises(RegistryError, match="it must be a share of images from 0 to 1"):
         promote("m", 1, gain)
@@ -228,6 +247,23 @@ def test_a_version_that_is_no_classifier_is_one_sentence(versions):
     with pytest.raises(RegistryError, match=f"version {network} of 'm' can't be loaded or is no classifier") as error:
         promote("m", network)
     assert "\n" not in str(error.value) and tags(network) == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), ValueError(), AttributeError("no label")])
+def test_a_version_that_fails_while_it_predicts_is_one_sentence(versions, monkeypatch, error):
+    monkeypatch.setattr(mlflow.pyfunc.PyFuncModel, "predict", lambda *arguments: raising(error))
+    with pytest.raises(RegistryError, match="is no classifier of raw images") as caught:
+        promote("m", versions.good)
+    reason = str(error).split("\n")[0] or type(error).__name__
+    assert f"({reason})" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [mlflow.MlflowException("API request failed"), requests.ConnectionError("refused")])
+def test_a_store_that_fails_is_not_taken_for_a_bad_model(versions, monkeypatch, error):
+    monkeypatch.setattr(mlflow.pyfunc, "load_model", lambda *arguments: raising(error))
+    with pytest.raises(type(error)) as caught:
+        promote("m", versions.good)
+    assert caught.value is error and tags(versions.good) == {}
 
 
 def test_an_empty_registry_says_what_to_do(home):

@@ -4,7 +4,7 @@ import sqlite3
 
 from demo_lib.__main__ import main
 from demo_lib.config import TrainConfig, TuneConfig
-from demo_lib.reproduce import ReproduceError, _cpu_threads, compare, differences, reproduce
+from demo_lib.reproduce import METRICS, ReproduceError, _cpu_threads, compare, differences, reproduce
 from demo_lib.tracking import connect, train
 from demo_lib.tuning import tune
 
@@ -53,9 +53,15 @@ def test_a_run_comes_out_the_same_to_the_bit_also_with_fewer_threads_here(home, 
     assert tags["reproduces"] == original.info.run_id and tags["cpu_threads"] == "2"
     assert mlflow.get_experiment(result.run.info.experiment_id).name == "reproduce"
     metrics = {"learning_rate", "test_accuracy", "test_loss", "train_loss", "val_accuracy", "val_loss"}
-    assert set(result.metrics) == metrics and not result.left_out
+    assert set(result.metrics) == metrics == METRICS and not result.left_out
     steps = {point.step for point in MlflowClient().get_metric_history(original.info.run_id, "train_loss")}
     assert result.values == len(steps) + 3 * CONFIG.epochs + 2
+
+
+def alter_device(home, run):
+    with sqlite3.connect(home / "store" / "mlflow.db") as database:
+        where = "run_uuid = ? AND key = 'device'"
+        assert database.execute(f"UPDATE params SET value = 'cuda' WHERE {where}", (run.info.run_id,)).rowcount == 1
 
 
 def test_an_altered_metric_is_named_with_its_step_and_exit_code_1(home, capsys):
@@ -96,6 +102,19 @@ def test_what_can_not_be_reproduced_is_one_sentence_and_exit_code_2(home, capsys
     assert mlflow.get_experiment_by_name("reproduce") is None
 
 
+def test_nothing_is_trained_where_nothing_can_be_compared(home, monkeypatch):
+    connect("bare")
+    with mlflow.start_run() as run:
+        mlflow.log_params(CONFIG.model_dump())
+        mlflow.log_metric("purity", 1.0)
+    with pytest.raises(ReproduceError, match="has none of the metrics of a training"):
+        reproduce(run.info.run_id)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    with pytest.raises(ReproduceError, match="unset MLFLOW_RUN_ID"):
+        reproduce(run.info.run_id)
+    assert mlflow.get_experiment_by_name("reproduce") is None
+
+
 def test_what_differs_here_is_said_before_the_training(home, capsys):
     original = train(CONFIG)
     assert not [line for line in differences(original) if "uncommitted" not in line]
@@ -123,6 +142,7 @@ def test_a_device_that_is_not_here_is_named_and_another_taken(home):
         pytest.skip("this machine has the other device")
     original = train(TrainConfig(**CONFIG.model_dump() | {"device": "auto", "epochs": 1}))
     MlflowClient().set_tag(original.info.run_id, "device", "cuda")
+    alter_device(home, original)
     here = original.data.tags["device"]
     assert f"device: cuda then, {here} here" in differences(mlflow.get_run(original.info.run_id))
     assert reproduce(original.info.run_id).run.data.params["device"] == "auto"

@@ -8,7 +8,7 @@ from demo_lib import serving
 from demo_lib.config import TrainConfig
 from demo_lib.data import CLASSES, Split, batches, load_data
 from demo_lib.model import build_model
-from demo_lib.packaging import log_classifier, raw_images
+from demo_lib.packaging import PackageError, log_classifier, raw_images
 from demo_lib.serving import ServingError, serve, time_calls
 from demo_lib.tracking import connect, log_model, open_store
 from demo_lib.training import fit, predict
@@ -181,11 +181,20 @@ def test_a_server_that_nothing_refers_to_is_ended(monkeypatch):
         (URI, 0.2, "does not answer after 0.2 s"),
     ],
 )
-def test_a_server_that_does_not_come_up_is_explained_and_ended(uri, seconds, words):
+def test_a_server_that_does_not_come_up_is_explained_and_ended(uri, seconds, words, monkeypatch):
+    monkeypatch.setattr(serving, "find_model", lambda uri: None)  # it is deleted in the same moment
     before = set(children())
     with pytest.raises(ServingError, match=words) as caught:
         serve(uri, seconds)
     assert uri in str(caught.value) and "\n" not in str(caught.value)
+    assert set(children()) == before
+
+
+@pytest.mark.parametrize("uri", ["", None, "served", "models:/served@nobody", "http://127.0.0.1:9/x"])
+def test_an_address_that_has_no_model_is_one_sentence_with_advice(uri):
+    before = set(children())
+    with pytest.raises(PackageError, match=r"there is no model at .*: give a model's address, such as models:/"):
+        serve(uri)
     assert set(children()) == before
 
 

@@ -11,7 +11,16 @@ from demo_lib import tracking
 from demo_lib.config import ROOT, TrainConfig
 from demo_lib.data import batches, load_data
 from demo_lib.model import build_model
-from demo_lib.tracking import TrackingError, batched_metrics, connect, provenance, truthful_status, ui_link
+from demo_lib.tracking import (
+    TrackingError,
+    batched_metrics,
+    connect,
+    own_model_name,
+    own_name,
+    provenance,
+    truthful_status,
+    ui_link,
+)
 
 import mlflow
 import pytest
@@ -142,12 +151,14 @@ def test_an_interrupt_ends_the_run_and_those_nested_in_it_killed(home):
 
 
 @pytest.mark.parametrize("work", [5, 0])
-def test_an_interrupt_waits_for_the_query_that_it_meets(home, work):
+def test_an_interrupt_waits_for_the_query_that_it_meets(home, work, request):
     """Cut off, the query would keep the SQLite file locked while the interrupt ends the run.
 
     Afterwards it ends a wait of 5 s, and is not lost where nothing is left to do.
     """
     connect("signals")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     engine = mlflow.tracking._tracking_service.utils._get_store().engine
     met = []
 
@@ -278,3 +289,20 @@ def test_twenty_processes_start_on_a_fresh_store(tmp_path):
     runs = client.search_runs([client.get_experiment_by_name("crowd").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"] * 20
     assert {path.name for path in (tmp_path / "store").iterdir()} == {"mlflow.db", ".mlflow.db.lock"}
+
+
+def test_names_are_ones_own_with_a_login_to_a_server_and_plain_otherwise(home, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    assert (own_name("train"), own_model_name("net")) == ("train", "net")
+    assert connect("plain").name == "plain"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example.org")
+    assert own_name("train") == own_name(own_name("train")) == "ann/train"
+    assert own_model_name("net") == own_model_name(own_model_name("net")) == "ann.net"
+    assert own_name("shared/example") == "shared/example"
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME")
+    assert (own_name("train"), own_model_name("net")) == ("train", "net")
+
+
+def test_the_notebook_is_found_for_an_experiment_of_ones_own(home):
+    connect("ann/01_track_a_run")
+    assert provenance()["mlflow.source.name"] == "notebooks/01_track_a_run.ipynb"
