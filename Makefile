@@ -8,7 +8,7 @@ endif
 PYTHON ?= python3
 INSTALLED := .venv/.installed
 
-.PHONY: run test bench lab ui lint lock clean
+.PHONY: run test bench bench-server lab ui server lint lock clean
 
 run: $(INSTALLED)
 	$(BIN)/python -m demo_lib run
@@ -19,11 +19,17 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench
 
+bench-server: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_server
+
 lab: $(INSTALLED)
 	$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb
 
 ui: $(INSTALLED)
 	$(BIN)/python -m demo_lib ui
+
+server: $(INSTALLED)
+	$(BIN)/python -m server start
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -17,7 +17,14 @@ DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 
 # One thread a process: the tests run in parallel, and PyTorch's threads would fight over the cores.
 os.environ |= {"DEMO_DOWNLOAD": "false", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TQDM_DISABLE": ""}
-for name in ("MLFLOW_TRACKING_URI", "DEMO_DATA_DIR", "DEMO_BATCH_ID", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+for name in (
+    "MLFLOW_TRACKING_URI",
+    "DEMO_DATA_DIR",
+    "DEMO_BATCH_ID",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_TRACKING_USERNAME",
+):
     os.environ.pop(name, None)
 
 

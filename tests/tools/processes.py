@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from demo_lib.config import sqlite_uri
@@ -30,11 +30,21 @@ def free_port() -> int:
 
 def scoring_servers(home: object) -> list[int]:
     """Return the ids of the scoring servers, and of the commands that start them, that have this `DEMO_HOME`."""
+    return _processes(home, "mlflow models serve", "scoring_server.app")
+
+
+def team_servers(home: object) -> list[int]:
+    """Return the ids of the tracking servers, and of the commands that start them, that have this `DEMO_HOME`."""
+    found = _processes(home, "-m server start", "-m mlflow server", "mlflow.server")
+    return [each for each in found if "MLFLOW_DEMO_SERVER_FOLDER" in psutil.Process(each).environ()]  # not a test's own
+
+
+def _processes(home: object, *words: str) -> list[int]:
     found = []
     for process in psutil.process_iter():
         try:
             command = " ".join(process.cmdline())
-            if "mlflow models serve" in command or "scoring_server.app" in command:
+            if any(each in command for each in words):
                 found += [process.pid] if process.environ().get("DEMO_HOME") == str(home) else []
         except psutil.Error:  # gone meanwhile, or not ours
             continue
@@ -70,7 +80,8 @@ def serving(command: list[str], address: str, seconds: float = 90, **options) ->
         _wait_for(process, address, time.monotonic() + seconds)
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # a test may have ended it
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(30)
 
 

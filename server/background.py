@@ -1,0 +1,117 @@
+"""A server that a notebook starts, and that is gone when the notebook's kernel is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import suppress
+from typing import Self
+
+from demo_lib.config import ROOT
+from demo_lib.serving import LIBC, die_with_parent
+
+import psutil
+import requests
+
+from server.process import START_SECONDS, end_group, read_state, stop
+from server.settings import PREFIX, Secrets, ServerError, ServerSettings
+
+
+class BackgroundServer:
+    """`python -m server start` in the background, until `stop()`.
+
+    It stops as well at the end of its `with` block, when no variable holds it any more, and when the process that
+    started it ends; on Linux also when that process is killed outright.
+    """
+
+    def __init__(self, settings: ServerSettings, process: psutil.Popen) -> None:
+        self.settings = settings
+        self._stop = weakref.finalize(self, _stop, settings, process)
+
+    @property
+    def url(self) -> str:
+        """The server's address on this machine."""
+        return self.settings.url
+
+    def stop(self) -> None:
+        """End the server and wait until it is gone; a second call does nothing."""
+        self._stop()
+
+    def break_down(self) -> None:
+        """End `mlflow server` but not what supervises it, which starts it again."""
+        end_group(read_state(self.settings)["server"][0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def launch(settings: ServerSettings, secrets: Secrets, seconds: float = START_SECONDS) -> BackgroundServer:
+    """Run `python -m server start` with these settings and secrets, and return when the server answers.
+
+    Raises:
+        ServerError: it ended, with its own words, or does not answer within `seconds`.
+    """
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    log = settings.folder / "start.log"
+    with log.open("wb") as output:
+        process = psutil.Popen(
+            [sys.executable, "-m", "server", "start"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(settings, secrets),
+            cwd=ROOT,
+            start_new_session=True,  # an interrupted cell must not take the server with it
+            preexec_fn=die_with_parent if LIBC else None,
+        )
+    server = BackgroundServer(settings, process)
+    try:
+        _wait_for(settings, process, seconds)
+    except ServerError as error:
+        server.stop()
+        said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise ServerError(said.removeprefix("error: ") or str(error)) from None
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def _environment(settings: ServerSettings, secrets: Secrets) -> dict[str, str]:
+    """Return this process's environment with exactly these settings: none of another server's here, or in its file."""
+    nothing = settings.folder / "nothing.env"
+    nothing.touch(mode=0o600)
+    given = {name: str(value) for name, value in settings.model_dump().items()}
+    known = {name: getattr(secrets, name) for name in Secrets.model_fields}
+    given |= {name: value.get_secret_value() for name, value in known.items() if value is not None}
+    given["env_file"] = str(nothing)
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    return kept | {f"{PREFIX}{name.upper()}": value for name, value in given.items()}
+
+
+def _wait_for(settings: ServerSettings, process: psutil.Popen, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        if read_state(settings) is not None:  # else another server may answer there
+            with suppress(requests.RequestException):
+                if requests.get(f"{settings.url}/health", timeout=2).ok:
+                    return
+        if time.monotonic() > deadline:
+            raise ServerError(f"the server does not answer after {seconds:g} s.")
+        time.sleep(0.1)
+    raise ServerError("the server ended before it answered.")
+
+
+def _stop(settings: ServerSettings, process: psutil.Popen) -> None:
+    """End the supervisor, which ends the rest; then what is left where it could not."""
+    with suppress(psutil.NoSuchProcess):
+        process.terminate()
+    with suppress(psutil.TimeoutExpired):
+        process.wait(60)
+    stop(settings)

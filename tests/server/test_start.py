@@ -1,0 +1,218 @@
+"""What `start` refuses, in one sentence; what it passes on to MLflow; and that `stop` leaves nothing."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+from demo_lib.config import sqlite_uri
+
+import psutil
+import pytest
+import requests
+import sqlalchemy
+from pydantic import SecretStr
+
+from server.database import check_database, database_address, postgres_tool
+from server.process import read_state, refuse, running
+from server.settings import PREFIX, Secrets, ServerError, ServerSettings, read_settings
+from tests.server.conftest import make_secrets
+from tests.tools.processes import free_port, wait_until
+
+pytestmark = pytest.mark.xdist_group("server")
+
+
+def settings(folder, **values):
+    return ServerSettings(**{"folder": folder, "port": free_port()} | values)
+
+
+def command(folder, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-m", "server", *arguments],
+        env=os.environ | {f"{PREFIX}FOLDER": str(folder)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"admin_password": None}, "ADMIN_PASSWORD is not set"),
+        ({"secret_key": None}, "SECRET_KEY is not set"),
+        ({"admin_password": SecretStr("short")}, "ADMIN_PASSWORD is too short: it needs 12"),
+    ],
+)
+def test_a_workshop_needs_good_secrets(tmp_path, given, sentence):
+    with pytest.raises(ServerError, match=sentence):
+        refuse(settings(tmp_path, profile="workshop"), make_secrets(**given))
+
+
+def test_others_are_not_let_in_without_accounts(tmp_path):
+    with pytest.raises(ServerError, match="lets other machines in"):
+        refuse(settings(tmp_path, host="0.0.0.0"), Secrets())
+    refuse(settings(tmp_path, host="0.0.0.0", profile="workshop"), make_secrets())
+
+
+def test_a_port_in_use_is_refused_and_its_user_named(tmp_path, local):
+    with pytest.raises(ServerError, match="an MLflow server listens there"):
+        refuse(settings(tmp_path, port=local.settings.port), Secrets())
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ServerError, match="another program listens there"):
+            refuse(settings(tmp_path, port=other.getsockname()[1]), Secrets())
+
+
+def test_a_second_server_in_the_folder_is_refused(local):
+    with pytest.raises(ServerError, match="already runs at"):
+        refuse(settings(local.settings.folder), Secrets())
+
+
+def test_an_artifact_folder_must_be_there_and_be_writable(tmp_path):
+    with pytest.raises(ServerError, match="does not exist"):
+        refuse(settings(tmp_path, artifacts=str(tmp_path / "none")), Secrets())
+    with pytest.raises(ServerError, match="can't be written"):
+        refuse(settings(tmp_path, artifacts="/proc/sys"), Secrets())
+    refuse(settings(tmp_path, artifacts="s3://bucket/files"), Secrets())
+
+
+@pytest.mark.parametrize(
+    "address", ["postgresql://me:very-secret@127.0.0.1:{port}/mlflow", "sqlite:///{folder}/notes.txt"]
+)
+def test_a_database_that_cannot_be_reached_is_refused_without_its_password(tmp_path, address):
+    (tmp_path / "notes.txt").write_text("not a database, but a longer text than its first bytes" * 20)
+    address = address.format(port=free_port(), folder=tmp_path)
+    with pytest.raises(ServerError, match="can't be reached") as caught:
+        check_database(address, settings(tmp_path))
+    assert "very-secret" not in str(caught.value)
+
+
+def test_a_database_of_another_mlflow_is_refused_and_the_upgrade_named(tmp_path):
+    address = sqlite_uri(tmp_path / "mlflow.db")
+    with sqlalchemy.create_engine(address).begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE alembic_version (version_num VARCHAR(32))"))
+        connection.execute(sqlalchemy.text("INSERT INTO alembic_version VALUES ('451aebb31d03')"))
+    with pytest.raises(ServerError, match=r"version 451aebb31d03.*`mlflow db upgrade`"):
+        check_database(address, settings(tmp_path))
+
+
+def test_a_postgresql_with_too_few_connections_is_refused(workshop):
+    many = ServerSettings(**workshop.settings.model_dump() | {"workers": 10})
+    with pytest.raises(ServerError, match="allows 420 connections and the server may open 2020"):
+        check_database(database_address(workshop.settings, workshop.secrets), many)
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "server.env"
+    file.write_text(f"{PREFIX}PORT=6001\n{PREFIX}WORKERS=3\n{PREFIX}HOSTS=a.example\n{PREFIX}SECRET_KEY=from the file")
+    file.chmod(0o600)
+    monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
+    monkeypatch.setenv(f"{PREFIX}WORKERS", "4")
+    monkeypatch.setenv(f"{PREFIX}HOSTS", "b.example")
+    found, secrets = read_settings(hosts="c.example")
+    assert (found.port, found.workers, found.hosts) == (6001, 4, "c.example")
+    assert secrets.secret_key.get_secret_value() == "from the file" and "from the file" not in repr(secrets)
+
+
+def test_a_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "server.env"
+    file.touch(0o644)
+    monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
+    with pytest.raises(ServerError, match=r"others can read .*chmod 600"):
+        read_settings()
+    monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(tmp_path / "none"))
+    with pytest.raises(ServerError, match="is no file"):
+        read_settings()
+
+
+def test_a_bad_value_is_one_sentence(monkeypatch):
+    monkeypatch.setenv(f"{PREFIX}PORT", "70000")
+    with pytest.raises(
+        ServerError, match=r"MLFLOW_DEMO_SERVER_PORT = '70000' is not allowed: it must be a whole number"
+    ):
+        read_settings()
+
+
+def test_no_flag_takes_a_secret():
+    done = subprocess.run([sys.executable, "-m", "server", "start", "--help"], capture_output=True, text=True)
+    assert "--max-overflow" in done.stdout and not any(
+        f"--{name.replace('_', '-')}" in done.stdout for name in Secrets.model_fields
+    )
+
+
+def tree(leader):
+    return [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
+
+
+def test_what_matters_reaches_every_process_and_secrets_no_command_line(workshop):
+    processes = tree(read_state(workshop.settings)["server"][0])
+    workers = [each for each in processes if "multiprocessing" in " ".join(each.cmdline())]
+    wanted = {
+        "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "20",
+        "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "80",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_X_FRAME_OPTIONS": "DENY",
+    }
+    assert len([each for each in workers if "spawn_main" in " ".join(each.cmdline())]) == 2
+    for process in processes:
+        found = process.environ()
+        assert {name: found.get(name) for name in wanted if name in found or process in workers} == {
+            name: value for name, value in wanted.items() if name in found or process in workers
+        }
+        line = " ".join(process.cmdline())
+        assert not [secret for secret in workshop.secrets.hidden if secret in line]
+    config = ConfigParser()
+    config.read(workshop.settings.folder / "auth.ini")
+    assert config["mlflow"]["auth_cache_ttl_seconds"] == "60"
+    assert config["mlflow"]["default_permission"] == "NO_PERMISSIONS"
+    assert (workshop.settings.folder / "auth.ini").stat().st_mode & 0o077 == 0
+
+
+def test_a_server_that_ends_at_once_says_why_without_secrets(tmp_path, monkeypatch):
+    secret = "a-secret-of-mine-123"
+    monkeypatch.setattr("server.process.command", lambda settings: ["server", f"--no-such-option={secret}"])
+    found = Secrets(secret_key=SecretStr(secret))
+    with pytest.raises(ServerError, match="ended before it answered") as caught, running(settings(tmp_path), found):
+        raise AssertionError("it runs")
+    assert secret not in str(caught.value)
+    assert read_state(settings(tmp_path)) is None
+
+
+def test_stop_says_that_nothing_runs(tmp_path):
+    process = command(tmp_path, "stop")
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "") and "no server runs" in output
+
+
+@pytest.mark.parametrize("end", ["stop", "sigterm", "stop after the supervisor was killed"])
+def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
+    port = free_port()
+    drawn = make_secrets()
+    given = {f"{PREFIX}PORT": str(port), f"{PREFIX}PROFILE": "workshop"}
+    given |= {
+        f"{PREFIX}{name.upper()}": getattr(drawn, name).get_secret_value() for name in ("admin_password", "secret_key")
+    }
+    server = command(tmp_path, "start", **given)
+    assert "server on" in server.stdout.readline(), server.communicate(timeout=30)
+    processes = tree(server.pid)
+    postgres = int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+    assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).ok and len(processes) >= 4
+    if end == "sigterm":
+        server.terminate()
+    else:
+        if "killed" in end:
+            server.kill()
+        done = command(tmp_path, "stop", **given)
+        assert done.communicate(timeout=60)[0] == "stopped.\n"
+    server.communicate(timeout=60)
+    assert server.returncode == (-signal.SIGKILL if "killed" in end else 0)
+    wait_until(lambda: not psutil.pid_exists(postgres) or psutil.Process(postgres).status() == "zombie", 20)
+    assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    assert Path(postgres_tool("pg_ctl")).is_file() and not (tmp_path / "server.json").exists()
