@@ -1,0 +1,211 @@
+"""Back up, lose everything, restore: the same rows, the same bytes, the same logins."""
+
+import json
+import shutil
+import threading
+from contextlib import contextmanager
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from server.__main__ import main
+from server.backup import _run_tool, back_up, restore
+from server.client import as_admin, call
+from server.process import running
+from server.settings import Secrets, ServerError, ServerSettings
+from tests.server.conftest import make_secrets
+from tests.tools.processes import free_port, wait_until
+
+pytestmark = pytest.mark.xdist_group("server")
+
+
+@contextmanager
+def site(profile, folder, secrets):
+    settings = ServerSettings(profile=profile, folder=folder, port=free_port())
+    with running(settings, secrets), as_admin(settings, secrets):
+        yield settings
+
+
+def log_run(**tags):
+    with mlflow.start_run(tags=tags) as run:
+        mlflow.log_params({"a": 1, "b": "two"})
+        for step in range(20):
+            mlflow.log_metric("loss", 1 / (1 + step), step=step)
+        mlflow.log_text(f"made by {run.info.run_id}", "notes/text.txt")
+    return run.info.run_id
+
+
+def log_small_runs(experiment, stop):
+    """Log runs of 50 metrics, and an artifact before the run ends."""
+    client = MlflowClient()
+    while not stop.is_set():
+        run_id = client.create_run(experiment).info.run_id
+        client.log_text(run_id, run_id, "text.txt")
+        client.log_batch(run_id, metrics=[Metric("loss", 0.5, 0, step) for step in range(50)])
+        client.set_terminated(run_id)
+
+
+def history(run_id):
+    return [(metric.step, metric.value) for metric in MlflowClient().get_metric_history(run_id, "loss")]
+
+
+def _back_up_while_a_client_logs(settings, secrets, target):
+    stop, experiment = threading.Event(), MlflowClient().create_experiment("busy")
+    client = threading.Thread(target=log_small_runs, args=(experiment, stop))
+    client.start()
+    try:
+        wait_until(lambda: len(MlflowClient().search_runs([experiment])) > 2)
+        manifest = back_up(settings, secrets, target)
+        logged = len(MlflowClient().search_runs([experiment]))
+        wait_until(lambda: len(MlflowClient().search_runs([experiment])) > logged)  # so it logged all the while
+    finally:
+        stop.set()
+        client.join(30)
+    return manifest
+
+
+@pytest.fixture(scope="module", params=["local", "workshop"])
+def backup(request, tmp_path_factory):
+    """A backup of a server that ran, with what it held."""
+    folder = tmp_path_factory.mktemp(request.param)
+    secrets = make_secrets() if request.param == "workshop" else Secrets()
+    with site(request.param, folder / "old", secrets) as settings:
+        mlflow.set_experiment("kept")
+        run_id = log_run(place="Zürich 東京")
+        known = {"history": history(run_id), "secrets": secrets, "profile": request.param, "run_id": run_id}
+        if settings.accounts:
+            answer = call(
+                settings,
+                secrets,
+                "POST",
+                "/api/2.0/mlflow/users/create",
+                json={"username": "ann", "password": "ann has a password"},
+            )
+            assert answer.status_code == 200, answer.text
+        manifest = _back_up_while_a_client_logs(settings, secrets, folder / "backup")
+    shutil.rmtree(folder / "old")
+    return folder / "backup", manifest, known
+
+
+def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path, monkeypatch):
+    source, manifest, known = backup
+    settings = ServerSettings(profile=known["profile"], folder=tmp_path / "new", port=free_port())
+    assert restore(settings, known["secrets"], source) == manifest
+    with running(settings, known["secrets"]), as_admin(settings, known["secrets"]):
+        assert history(known["run_id"]) == known["history"]
+        uri = f"runs:/{known['run_id']}/notes/text.txt"
+        assert mlflow.artifacts.load_text(uri) == f"made by {known['run_id']}"
+        assert mlflow.get_run(known["run_id"]).data.tags["place"] == "Zürich 東京"
+        busy = mlflow.search_runs(experiment_names=["busy"])
+        assert len(busy) >= 2 and len(busy) + 1 == manifest["counts"]["runs"]
+        for run_id in busy[busy.status == "FINISHED"].run_id:
+            assert len(history(run_id)) == 50
+            assert mlflow.artifacts.load_text(f"runs:/{run_id}/text.txt") == run_id
+        if settings.accounts:
+            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "ann has a password")
+            assert MlflowClient().create_experiment("of ann")
+        with pytest.raises(ServerError, match="a server runs"):
+            restore(settings, known["secrets"], source)
+    with pytest.raises(ServerError, match="is not empty"):
+        restore(settings, known["secrets"], source)
+    shutil.rmtree(settings.folder / "artifacts")
+    with pytest.raises(ServerError, match=r"database .* is not empty"):
+        restore(settings, known["secrets"], source)
+    assert not (settings.folder / "artifacts").exists()
+
+
+def test_the_backup_is_its_owners_only(backup):
+    assert not [path for path in (backup[0], *backup[0].rglob("*")) if path.stat().st_mode & 0o077]
+
+
+def test_artifacts_that_are_not_there_or_not_apart_are_refused(tmp_path):
+    settings = ServerSettings(folder=tmp_path, artifacts=str(tmp_path / "not mounted"))
+    with pytest.raises(ServerError, match="does not exist"):
+        back_up(settings, Secrets(), tmp_path / "backup")
+    with pytest.raises(ServerError, match="is among the artifacts"):
+        back_up(ServerSettings(folder=tmp_path), Secrets(), tmp_path / "artifacts" / "backup")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_artifacts_elsewhere_are_left_to_their_providers_tool(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DEMO_SERVER_DATABASE", f"sqlite:///{home}/store/mlflow.db")
+    arguments = ["--folder", str(tmp_path / "folder"), "--artifacts", "s3://bucket/place"]
+    assert main(["backup", str(tmp_path / "backup"), *arguments]) == 0
+    assert "Not in it: artifacts at s3://bucket/place" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "backup").iterdir()) == ["database.sqlite", "manifest.json"]
+
+
+def test_the_password_goes_to_the_tools_by_the_environment(tmp_path, monkeypatch):
+    tool = tmp_path / "tool"
+    tool.write_text('#!/bin/sh\necho "$PGPASSWORD at $PGHOST:$PGPORT/$PGDATABASE" >&2; echo "$@" >"$0.args"; exit 1')
+    tool.chmod(0o700)
+    monkeypatch.setattr("server.backup.postgres_tool", lambda name: str(tool))
+    with pytest.raises(ServerError, match=r"hidden% at db\.example:5433/mlflow"):
+        _run_tool("pg_dump", ["--file=x"], "postgresql://ann:hidden%25@db.example:5433/mlflow")
+    assert (tmp_path / "tool.args").read_text() == "--file=x\n"
+
+
+def test_a_backup_is_never_written_over_something(backup, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ServerError, match="is not empty"):
+        back_up(ServerSettings(folder=tmp_path), Secrets(), tmp_path)
+
+
+def break_hash(folder):
+    next((folder / "artifacts").rglob("text.txt")).write_text("other")
+
+
+def lose_file(folder):
+    next((folder / "artifacts").rglob("text.txt")).unlink()
+
+
+def add_file(folder):
+    (folder / "artifacts" / "more").write_text("x")
+
+
+def lose_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def change_schema(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"schema": "0", "mlflow": "2.0"}))
+
+
+def change_counts(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["counts"]["runs"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (break_hash, r"damaged at artifacts/.*text.txt"),
+        (lose_file, r"damaged at artifacts/.*text.txt"),
+        (add_file, r"damaged at artifacts/more"),
+        (lose_manifest, r"no readable manifest.json"),
+        (change_schema, r"is of MLflow 2.0"),
+        (change_counts, r"differs from the backup in \['runs'\]"),
+    ],
+)
+def test_a_bad_backup_changes_nothing(backup, tmp_path, damage, sentence):
+    source, _, known = backup
+    shutil.copytree(source, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    settings = ServerSettings(profile=known["profile"], folder=tmp_path / "new", port=free_port())
+    with pytest.raises(ServerError, match=sentence):
+        restore(settings, known["secrets"], tmp_path / "copy")
+    assert not (settings.folder / "artifacts").exists() and not (settings.folder / "mlflow.db").exists()
+    restore(settings, known["secrets"], source)  # so the target was left empty
+
+
+def test_a_backup_of_the_other_database_is_refused(backup, tmp_path):
+    source, _, known = backup
+    other = "local" if known["profile"] == "workshop" else "workshop"
+    settings = ServerSettings(profile=other, folder=tmp_path / "new", port=free_port())
+    with pytest.raises(ServerError, match="the backup is of a"):
+        restore(settings, make_secrets(), source)

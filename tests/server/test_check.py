@@ -1,0 +1,104 @@
+"""`check` names the part that fails, also where MLflow's /health says that all is well."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import requests
+from pydantic import SecretStr
+
+from server.database import postgres_tool
+from server.process import running
+from server.readiness import examine
+from server.settings import Secrets, ServerSettings
+from tests.server.conftest import make_secrets
+from tests.tools.processes import free_port
+
+pytestmark = pytest.mark.xdist_group("server")
+
+
+def failed(settings, secrets):
+    return {finding.name: finding.text for finding in examine(settings, secrets) if not finding.ok}
+
+
+def test_a_good_server_passes(local, workshop):
+    assert failed(local.settings, local.secrets) == {}
+    assert failed(workshop.settings, workshop.secrets) == {}
+    names = [finding.name for finding in examine(workshop.settings, workshop.secrets)]
+    assert names == ["process", "database", "queries", "artifacts", "disk", "accounts"]
+    assert not list(Path(workshop.settings.artifact_root).glob("check-*"))
+
+
+def test_the_command_exits_with_1_and_names_what_fails(tmp_path):
+    environment = os.environ | {"MLFLOW_DEMO_SERVER_FOLDER": str(tmp_path), "MLFLOW_DEMO_SERVER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-m", "server", "check"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "MEND  process" in done.stdout and done.stderr == ""
+
+
+def test_a_wrong_password_is_named(workshop):
+    wrong = make_secrets(admin_password=SecretStr("not the password"))
+    assert "administrator's password" in failed(workshop.settings, wrong)["queries"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    settings = ServerSettings(profile="workshop", folder=tmp_path_factory.mktemp("own"), port=free_port())
+    secrets = make_secrets()
+    with running(settings, secrets) as server:
+        yield settings, secrets, server
+
+
+def test_artifacts_that_cannot_be_written_are_named(own):
+    settings, secrets, _ = own
+    root = Path(settings.artifact_root)
+    root.rmdir()
+    root.touch()
+    try:
+        assert set(failed(settings, secrets)) == {"artifacts"}
+    finally:
+        root.unlink()
+        root.mkdir()
+
+
+def test_a_stopped_database_is_named_while_health_says_ok(own):
+    settings, secrets, server = own
+    data, user = server.postgres.pgdata, server.postgres.system_user
+    subprocess.run([postgres_tool("pg_ctl"), "-D", data, "-m", "fast", "-w", "stop"], user=user, check=True, stdout=-3)
+    assert requests.get(f"{settings.url}/health", timeout=5).text == "OK"
+    start = time.monotonic()
+    found = failed(settings, secrets)
+    assert "database" in found and "queries" in found and time.monotonic() - start < 15
+    server.postgres.ensure_postgres_running()
+    assert failed(settings, secrets) == {}
+
+
+def test_a_server_that_hangs_is_named_in_time(own):
+    settings, secrets, server = own
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        found = failed(settings, secrets)
+        assert {"queries", "artifacts", "accounts"} <= found.keys() and time.monotonic() - start < 15
+    finally:
+        os.killpg(server.process.pid, signal.SIGCONT)
+
+
+def test_a_full_disk_is_named_also_where_only_artifacts_are_on_it(tmp_path, monkeypatch):
+    (tmp_path / "artifacts").mkdir()
+    monkeypatch.setattr(
+        "server.readiness.shutil.disk_usage", lambda at: SimpleNamespace(free=1e8 if at.name == "artifacts" else 1e12)
+    )
+    found = failed(ServerSettings(folder=tmp_path, port=free_port()), Secrets())
+    assert found["disk"] == f"0.1 GB free in {tmp_path / 'artifacts'}: free 1 GB."
+
+
+def test_a_readiness_check_needs_no_running_server(tmp_path):
+    settings = ServerSettings(folder=tmp_path, port=free_port())
+    assert "process" in failed(settings, Secrets())
