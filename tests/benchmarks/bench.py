@@ -441,13 +441,11 @@ def machine() -> dict[str, object]:
     } | {package: version(package) for package in sorted(PACKAGES)}
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as an aligned table."""
-    lines = [["name", "baseline", "ours", "ratio", "aim"], *(row.cells() for row in rows)]
+def table(lines: list[list[str]], sides: str) -> str:
+    """Return lines of cells as an aligned table; `sides` has < or > for each column."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = ["<", ">", ">", ">", "<"]
     return "\n".join(
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, aligned, widths, strict=True)).rstrip()
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
         for line in lines
     )
 
@@ -478,7 +476,8 @@ def main() -> None:
             print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
             report = {"machine": facts, "rows": [row.to_json() for row in rows]}
             options.output.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print(table(rows), "", *(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+    lines = [["name", "baseline", "ours", "ratio", "aim"], *(row.cells() for row in rows)]
+    print(table(lines, "<>>><"), "", *(f"{name}: {value}" for name, value in facts.items()), sep="\n")
     print(f"\nsaved in {options.output}")
 
 
