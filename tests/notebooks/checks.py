@@ -10,7 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from tests.tools.processes import scoring_servers
+from tests.tools.processes import scoring_servers, team_servers
 
 
 def check_lesson(name, params):
@@ -249,3 +249,26 @@ def check_lesson_07(params):
         for run in (changed, committed, again)
     ]
     assert losses[0] != losses[1] == losses[2]
+
+
+def check_lesson_08(params):
+    found = mlflow.search_runs(experiment_names=["08_share_a_server"], output_format="list")
+    assert {run.info.status for run in found} == {"FINISHED"} and len(found) == 2
+    (run,) = [run for run in found if run.info.run_name == "findings"]
+    (local,) = [each for each in found if each is not run]
+    assert TrainConfig.from_params(local.data.params).train_images == params["train_images"]
+    metrics = run.data.metrics
+    assert metrics["values_on_server"] == params["steps"] == int(run.data.params["steps"])
+    assert metrics["slowest_call_seconds"] > 1, "the server was never away"
+    assert metrics["checks_passed"] == metrics["checks"] > 4
+    said = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/findings.json")
+    assert said["moved"] == dict.fromkeys(("parameters", "metrics", "tags", "times", "files"), True)
+    assert said["restored"] == dict.fromkeys(("run", "steps", "file"), True)
+    answers = {(each["experiment"], each["Ana"]): each["answer"] for each in said["permissions"]}
+    assert {at for at, answer in answers.items() if answer == "allowed"} == {
+        ("ben/work", "read"),
+        ("both/work", "read"),
+        ("both/work", "change"),
+    }
+    assert {answer for answer in answers.values() if answer != "allowed"} == {"403 'Permission denied'"}
+    assert not team_servers(os.environ["DEMO_HOME"])

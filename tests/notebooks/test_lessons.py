@@ -15,7 +15,7 @@ import pytest
 
 from tests.notebooks.checks import check_lesson
 from tests.tools.lessons import defaults
-from tests.tools.processes import scoring_servers, wait_until
+from tests.tools.processes import scoring_servers, team_servers, wait_until
 
 NAMES = [path.stem for path in lessons()]
 OTHER = {
@@ -39,6 +39,7 @@ OTHER = {
     "score_images": 700,
     "seconds": 0.05,
     "traced_calls": 3,
+    "steps": 40,
 }
 
 
@@ -126,27 +127,35 @@ def test_a_lesson_runs_with_other_parameters_as_the_store_shows_and_again_under_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store/mlflow.db")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     check_lesson(name, params_of(name))
-    run_under_nbval(name)
+    run_under_nbval(name, tmp_path)
     runs = mlflow.search_runs(experiment_names=[name], output_format="list")
     assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
 
 
-def run_under_nbval(name):
+def run_under_nbval(name, folder):
     """Run the lesson with its defaults, in the notebook's folder and on what the store has by then."""
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
+    # A pytest in pytest's own folder would make that folder root's only, and PostgreSQL lives there as another user.
+    command += ["--basetemp", str(folder / "nbval")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_a_failing_cell_of_lesson_06_leaves_no_server(home, tmp_path):
-    notebook = read("06_serve_a_model")
-    started = next(index for index, cell in enumerate(notebook.cells) if "server = serve(" in cell.source)
+FAILURES = {
+    "06_serve_a_model": ("server = serve(", {"train_images": 500, "epochs": 1}, scoring_servers),
+    "08_share_a_server": ("server = launch(", {"train_images": 500}, team_servers),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_cell_leaves_no_server(name, home, tmp_path):
+    start, params, servers = FAILURES[name]
+    notebook = read(name)
+    started = next(index for index, cell in enumerate(notebook.cells) if start in cell.source)
     notebook.cells = [*notebook.cells[: started + 1], nbformat.v4.new_code_cell("1 / 0")]
     nbformat.write(notebook, tmp_path / "failing.ipynb")
     with pytest.raises(pm.PapermillExecutionError, match="ZeroDivisionError"):
-        pm.execute_notebook(
-            tmp_path / "failing.ipynb", tmp_path / "out.ipynb", {"train_images": 500, "epochs": 1}, progress_bar=False
-        )
-    assert "/health: 200" in (tmp_path / "out.ipynb").read_text()
-    wait_until(lambda: not scoring_servers(home), seconds=20)
+        pm.execute_notebook(tmp_path / "failing.ipynb", tmp_path / "out.ipynb", params, progress_bar=False)
+    assert "http://127.0.0.1:" in (tmp_path / "out.ipynb").read_text()
+    wait_until(lambda: not servers(home), seconds=20)
