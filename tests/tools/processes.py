@@ -30,22 +30,26 @@ def free_port() -> int:
 
 def scoring_servers(home: object) -> list[int]:
     """Return the ids of the scoring servers, and of the commands that start them, that have this `DEMO_HOME`."""
-    return _processes(home, "mlflow models serve", "scoring_server.app")
+    return _processes({"DEMO_HOME": str(home)}, "mlflow models serve", "scoring_server.app")
 
 
 def team_servers(home: object) -> list[int]:
     """Return the ids of the tracking servers, and of the commands that start them, that have this `DEMO_HOME`."""
-    found = _processes(home, "-m server start", "-m mlflow server", "mlflow.server")
-    return [each for each in found if "MLFLOW_DEMO_SERVER_FOLDER" in psutil.Process(each).environ()]  # not a test's own
+    # A test's own `mlflow server` has no folder of settings.
+    marks = {"DEMO_HOME": str(home), "MLFLOW_DEMO_SERVER_FOLDER": None}
+    return _processes(marks, "-m server start", "-m mlflow server", "mlflow.server")
 
 
-def _processes(home: object, *words: str) -> list[int]:
+def _processes(marks: dict[str, str | None], *words: str) -> list[int]:
+    """Return the processes with one of the words in their command, and these variables; None is any value."""
     found = []
     for process in psutil.process_iter():
         try:
             command = " ".join(process.cmdline())
             if any(each in command for each in words):
-                found += [process.pid] if process.environ().get("DEMO_HOME") == str(home) else []
+                given = process.environ()
+                marked = all(name in given and value in (None, given[name]) for name, value in marks.items())
+                found += [process.pid] if marked else []
         except psutil.Error:  # gone meanwhile, or not ours
             continue
     return found
