@@ -62,14 +62,24 @@ def find_model(model_uri: str) -> ModelInfo:
     """
     try:
         return mlflow.models.get_model_info(model_uri)
-    except requests.RequestException:
-        raise
     except (MlflowException, OSError, AttributeError, ValueError) as error:
-        if getattr(error, "error_code", MISSING[0]) not in MISSING:
+        if is_of_the_store(error):
             raise
         raise PackageError(
             f"there is no model at {model_uri!r}: give a model's address, such as models:/m-... or models:/NAME@ALIAS."
         ) from None
+
+
+def is_of_the_store(error: Exception) -> bool:
+    """Whether the store failed, and not the model: a server that is down says nothing about it."""
+    if isinstance(error, MlflowException):
+        return error.error_code not in MISSING
+    return isinstance(error, requests.RequestException)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of the error's text, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _try(network_uri: str) -> None:
@@ -85,7 +95,7 @@ def _try(network_uri: str) -> None:
             with torch.inference_mode():
                 found = tuple(network(torch.zeros(count, 1, 28, 28)).shape)
         except Exception as error:  # the network's own code may raise anything
-            found = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            found = first_line(error)
         if found != (count, len(CLASSES)):
             raise PackageError(
                 f"the network at {network_uri!r} does not return {len(CLASSES)} logits for each of {count} images of "

@@ -12,11 +12,10 @@ from typing import Literal
 
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import CLASSES, Split, load_data
-from demo_lib.packaging import log_classifier, raw_images
+from demo_lib.packaging import MISSING, first_line, is_of_the_store, log_classifier, raw_images
 from demo_lib.tracking import open_store, train
 
 import mlflow
-import requests
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
@@ -133,7 +132,7 @@ def find_version(model_name: str, version: int | str) -> ModelVersion:
     try:
         return client.get_model_version(model_name, str(version))
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code not in MISSING:
             raise
     models = [model.name for model in client.search_registered_models()]
     if model_name not in models:
@@ -205,20 +204,12 @@ def _accuracy(version: ModelVersion, split: Split) -> float:
         model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
         return float((model.predict(raw_images(split))["label"] == labels).mean())
     except Exception as error:  # the model's own code may raise anything
-        if _is_of_the_store(error):
+        if is_of_the_store(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise RegistryError(
             f"version {version.version} of {version.name!r} can't be loaded or is no classifier of raw images "
-            f"({reason}): register a model that `packaging.log_classifier` made."
+            f"({first_line(error)}): register a model that `packaging.log_classifier` made."
         ) from None
-
-
-def _is_of_the_store(error: Exception) -> bool:
-    """Whether the store failed, and not the model: a server that is down says nothing about it."""
-    if isinstance(error, MlflowException):
-        return error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-    return isinstance(error, requests.RequestException)
 
 
 def _digest(split: Split) -> str:

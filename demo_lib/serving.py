@@ -18,12 +18,11 @@ from typing import IO, Any, Self
 
 from demo_lib.config import DemoError, tracking_uri
 from demo_lib.packaging import find_model
-from demo_lib.tracking import open_store
+from demo_lib.tracking import TrackingError, open_store, wait_for_health
 
 import numpy as np
 import pandas as pd
 import psutil
-import requests
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -80,8 +79,8 @@ def serve(model_uri: str, seconds: float = 120) -> Server:
         )
         server = Server(f"http://127.0.0.1:{port}", process)
         try:
-            _wait_for(server.url, process, seconds)
-        except ServingError as error:
+            wait_for_health(server.url, process, seconds)
+        except TrackingError as error:
             server.stop()
             raise ServingError(f"the scoring server of {model_uri} {error}; its log ends: {_tail(log)}") from None
         except BaseException:
@@ -132,18 +131,6 @@ def _environment() -> dict[str, str]:
     """
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     return {"OMP_NUM_THREADS": "1"} | os.environ | {"MLFLOW_TRACKING_URI": tracking_uri(), "PATH": path}
-
-
-def _wait_for(url: str, process: psutil.Popen, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while process.poll() is None:
-        with suppress(requests.RequestException):
-            if requests.get(f"{url}/health", timeout=2).ok:
-                return
-        if time.monotonic() > deadline:
-            raise ServingError(f"does not answer after {seconds:g} s")
-        time.sleep(0.1)
-    raise ServingError("ended before it answered")
 
 
 def _tail(log: IO[bytes]) -> str:

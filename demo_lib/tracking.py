@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -343,6 +343,23 @@ def port_user(port: int) -> str:
         )
     except requests.RequestException:
         return "other"
+
+
+def wait_for_health(url: str, process: psutil.Popen, seconds: float, ours: Callable[[], bool] = lambda: True) -> None:
+    """Wait until the server that the process runs answers, and `ours` says that it is not another one that does.
+
+    Raises:
+        TrackingError: it ended, or did not answer in time; the text goes behind the server's name.
+    """
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        with suppress(requests.RequestException):
+            if ours() and requests.get(f"{url}/health", timeout=2).ok:
+                return
+        if time.monotonic() > deadline:
+            raise TrackingError(f"does not answer after {seconds:g} s")
+        time.sleep(0.1)
+    raise TrackingError("ended before it answered")
 
 
 def serve_ui(port: int) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import weakref
 from contextlib import suppress
 from typing import Self
 
 from demo_lib.config import ROOT
 from demo_lib.serving import LIBC, die_with_parent
+from demo_lib.tracking import TrackingError, wait_for_health
 
 import psutil
-import requests
 
 from server.process import START_SECONDS, end_group, read_state, stop
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings
@@ -72,11 +71,11 @@ def launch(settings: ServerSettings, secrets: Secrets, seconds: float = START_SE
         )
     server = BackgroundServer(settings, process)
     try:
-        _wait_for(settings, process, seconds)
-    except ServerError as error:
+        wait_for_health(settings.url, process, seconds, ours=lambda: read_state(settings) is not None)
+    except TrackingError as error:
         server.stop()
         said = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise ServerError(said.removeprefix("error: ") or str(error)) from None
+        raise ServerError(said.removeprefix("error: ") or f"the server {error}.") from None
     except BaseException:
         server.stop()
         raise
@@ -93,19 +92,6 @@ def _environment(settings: ServerSettings, secrets: Secrets) -> dict[str, str]:
     given["env_file"] = str(nothing)
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     return kept | {f"{PREFIX}{name.upper()}": value for name, value in given.items()}
-
-
-def _wait_for(settings: ServerSettings, process: psutil.Popen, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while process.poll() is None:
-        if read_state(settings) is not None:  # else another server may answer there
-            with suppress(requests.RequestException):
-                if requests.get(f"{settings.url}/health", timeout=2).ok:
-                    return
-        if time.monotonic() > deadline:
-            raise ServerError(f"the server does not answer after {seconds:g} s.")
-        time.sleep(0.1)
-    raise ServerError("the server ended before it answered.")
 
 
 def _stop(settings: ServerSettings, process: psutil.Popen) -> None:

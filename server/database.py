@@ -43,7 +43,7 @@ def database(settings: ServerSettings, secrets: Secrets) -> Iterator[tuple[str, 
         return
     server = _start_postgres(settings)
     try:
-        address = postgres_address(server)
+        address = _server_address(server, "mlflow")
         check_database(address, settings)
         yield address, server
     finally:
@@ -161,11 +161,6 @@ def _start_postgres(settings: ServerSettings) -> PostgresServer:
             f"PostgreSQL can't be started in {settings.folder / 'postgres'} ({error}): look into its file log, or set "
             "MLFLOW_DEMO_SERVER_DATABASE to the address of a database."
         ) from None
-
-
-def postgres_address(server: PostgresServer) -> str:
-    """Return the address of the database `mlflow` in the PostgreSQL that the server started."""
-    return _server_address(server, "mlflow")
 
 
 def _server_address(server: PostgresServer, database: str) -> str:

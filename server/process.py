@@ -16,10 +16,9 @@ from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 
-from demo_lib.tracking import port_user
+from demo_lib.tracking import TrackingError, port_user, wait_for_health
 
 import psutil
-import requests
 
 from server.database import database, own_postgres, stop_postgres
 from server.settings import LOOPBACK, PREFIX, SHORTEST_PASSWORD, Secrets, ServerError, ServerSettings
@@ -198,15 +197,10 @@ class Server:
 
     def wait(self, seconds: float) -> None:
         """Wait until the server answers."""
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None:
-            with suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=2).ok:
-                    return
-            if time.monotonic() > deadline:
-                raise ServerError(f"the server does not answer after {seconds:g} s: {self.log_tail()}")
-            time.sleep(0.1)
-        raise ServerError(f"the server ended before it answered: {self.log_tail()}")
+        try:
+            wait_for_health(self.url, self.process, seconds)
+        except TrackingError as error:
+            raise ServerError(f"the server {error}: {self.log_tail()}") from None
 
     def supervise(self) -> None:
         """Start again what dies, PostgreSQL or the server, until an exception such as Ctrl-C ends it."""

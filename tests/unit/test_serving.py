@@ -159,7 +159,7 @@ def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch):
         started.extend(set(children()) - before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serving, "_wait_for", interrupt)
+    monkeypatch.setattr(serving, "wait_for_health", interrupt)
     with pytest.raises(KeyboardInterrupt):
         serve(URI)
     assert started and not any(process.is_running() for process in started)
@@ -167,7 +167,7 @@ def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch):
 
 def test_a_server_that_nothing_refers_to_is_ended(monkeypatch):
     before = set(children())
-    monkeypatch.setattr(serving, "_wait_for", lambda *arguments: None)
+    monkeypatch.setattr(serving, "wait_for_health", lambda *arguments: None)
     server = serve(URI)
     (started,) = set(children()) - before
     del server
