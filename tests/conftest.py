@@ -49,14 +49,15 @@ def template(shared) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_store():
-    """Forget the tracking store of the test before: MLflow keeps it in the process and in the environment."""
+    """Forget the tracking store and the login of the test before: MLflow keeps them in process and environment."""
     import mlflow
 
     yield
     while mlflow.active_run():
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mlflow.entities import Metric
 
 from server.__main__ import main
 from server.backup import _run_tool, back_up, restore
-from server.client import as_admin, call
+from server.client import as_admin, call, signed_in
 from server.process import running
 from server.settings import Secrets, ServerError, ServerSettings
 from tests.server.conftest import make_secrets
@@ -89,7 +89,7 @@ def backup(request, tmp_path_factory):
     return folder / "backup", manifest, known
 
 
-def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path, monkeypatch):
+def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path):
     source, manifest, known = backup
     settings = ServerSettings(profile=known["profile"], folder=tmp_path / "new", port=free_port())
     assert restore(settings, known["secrets"], source) == manifest
@@ -104,9 +104,8 @@ def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path, 
             assert len(history(run_id)) == 50
             assert mlflow.artifacts.load_text(f"runs:/{run_id}/text.txt") == run_id
         if settings.accounts:
-            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
-            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "ann has a password")
-            assert MlflowClient().create_experiment("of ann")
+            with signed_in(settings.url, "ann", "ann has a password"):
+                assert MlflowClient().create_experiment("of ann")
         with pytest.raises(ServerError, match="a server runs"):
             restore(settings, known["secrets"], source)
     with pytest.raises(ServerError, match="is not empty"):
