@@ -21,7 +21,7 @@ import sqlalchemy
 from mlflow.store.db.utils import _get_latest_schema_revision
 from sqlalchemy.engine import make_url
 
-from server.database import database, database_address, postgres_tool
+from server.database import check_database, database, database_address, postgres_tool
 from server.process import read_state
 from server.settings import Secrets, ServerError, ServerSettings
 
@@ -36,8 +36,10 @@ def back_up(settings: ServerSettings, secrets: Secrets, target: Path) -> dict[st
     Artifacts outside of a folder, such as on S3, are left out.
 
     Raises:
-        ServerError: the target is there already or can't be written, or the database can't be read.
+        ServerError: the target is there already or can't be written, the database can't be read, or there is none.
     """
+    if not settings.folder.is_dir():
+        raise ServerError(f"the folder {settings.folder} does not exist: name the server's with --folder.")
     root = _artifacts_to_copy(settings)
     _refuse_place(target, root)
     partial = target.with_name(f".{target.name}.partial")
@@ -45,6 +47,8 @@ def back_up(settings: ServerSettings, secrets: Secrets, target: Path) -> dict[st
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True, mode=0o700)
         with _database_of(settings, secrets) as address:
+            if not check_database(address, settings):
+                raise ServerError(f"the server in {settings.folder} has no tables yet: there is nothing to back up.")
             dialect = make_url(address).get_backend_name()
             counts = _dump(address, partial / _dump_name(dialect))
         if root:

@@ -69,15 +69,15 @@ def database_address(settings: ServerSettings, secrets: Secrets) -> str:
         ) from None
 
 
-def check_database(address: str, settings: ServerSettings) -> None:
-    """Ask the database for its schema's version.
+def check_database(address: str, settings: ServerSettings) -> bool:
+    """Ask the database for its schema's version, and return whether it has MLflow's tables yet.
 
     Raises:
         ServerError: it can't be reached, allows too few connections, or has the tables of another MLflow.
     """
     file = sqlite_file(address)
     if file is not None and not file.exists():
-        return  # MLflow makes it
+        return False  # MLflow makes it
     shown = make_url(address).render_as_string(hide_password=True)
     engine = sqlalchemy.create_engine(address, connect_args=_patience(address))
     try:
@@ -101,6 +101,7 @@ def check_database(address: str, settings: ServerSettings) -> None:
             f"the database {shown} allows {allowed} connections and the server may open {settings.max_connections}: "
             f"set max_connections = {settings.max_connections} in postgresql.conf, or lower workers or max_overflow."
         )
+    return found is not None
 
 
 def own_postgres(settings: ServerSettings) -> psutil.Process | None:

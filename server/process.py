@@ -26,6 +26,7 @@ from server.settings import LOOPBACK, PREFIX, SHORTEST_PASSWORD, Secrets, Server
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
 # Its default of 5 s ends workers that are only busy, and breaks off the answers that they were sending.
 UVICORN = "--log-level=warning --timeout-worker-healthcheck=60"
+ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CACHE_SECONDS = 60  # for which a worker remembers that a password was right: checking it takes most of a request
 
 
@@ -236,9 +237,10 @@ class Server:
 
 
 def start(settings: ServerSettings, secrets: Secrets) -> None:
-    """Run the server in the foreground until Ctrl-C or SIGTERM, and start again what dies."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _interrupt)
+    """Run the server in the foreground until Ctrl-C, SIGTERM or its terminal closes, and start again what dies."""
+    for signum in ENDS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup makes it
+            signal.signal(signum, _interrupt)
     with suppress(KeyboardInterrupt), running(settings, secrets) as server:
         print(f"MLflow {settings.profile} server on {server.url} (stop it with Ctrl-C or `python -m server stop`)")
         print(f"log: {settings.folder / 'server.log'}", flush=True)
@@ -335,6 +337,6 @@ def write_private(path: Path, text: str) -> None:
 
 def _interrupt(signum: int, frame: object) -> None:
     """End the server once: a second Ctrl-C would leave half of it running."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in ENDS:
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt

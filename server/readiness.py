@@ -46,7 +46,8 @@ def _process(settings: ServerSettings, secrets: Secrets) -> str:
 
 
 def _database(settings: ServerSettings, secrets: Secrets) -> str:
-    check_database(database_address(settings, secrets), settings)
+    if not check_database(database_address(settings, secrets), settings):
+        raise DemoError("the database is gone or has no tables: restore a backup, or correct --folder.")
     return "answers, with the tables of this MLflow"
 
 
@@ -77,7 +78,9 @@ def _artifacts(settings: ServerSettings, secrets: Secrets) -> str:
 def _disk(settings: ServerSettings, secrets: Secrets) -> str:
     """Look at the database's folder and that of the artifacts, which may be on another disk."""
     folders = [settings.folder] + ([] if "://" in settings.artifact_root else [Path(settings.artifact_root)])
-    free, folder = min((shutil.disk_usage(folder).free / 1e9, folder) for folder in folders if folder.exists())
+    if missing := [folder for folder in folders if not folder.exists()]:
+        raise DemoError(f"the folder {missing[0]} does not exist: start the server, or correct --folder.")
+    free, folder = min((shutil.disk_usage(folder).free / 1e9, folder) for folder in folders)
     if free < NEEDED_GB:
         raise DemoError(f"{free:.1f} GB free in {folder}: free {NEEDED_GB} GB.")
     return f"{free:.1f} GB free in {folder}"

@@ -43,7 +43,7 @@ class ServerSettings(_FromEnvironment):
     hosts: str = Field("", description="host names, with commas, by which clients reach the server through its proxy")
     origins: str = Field("", description="web origins, with commas, that may call it (default: https:// and hosts)")
     x_frame_options: Literal["DENY", "SAMEORIGIN", "NONE"] = Field("DENY", description="who may frame the UI")
-    workers: int = Field(0, ge=0, le=32, description="server processes, 0 for 1 with SQLite and 2 with PostgreSQL")
+    workers: int = Field(0, ge=0, le=32, description="server processes; 0 is 1 with local and 2 with workshop")
     pool_size: int = Field(20, ge=1, le=200, description="open database connections a worker keeps")
     max_overflow: int = Field(80, ge=0, le=400, description="database connections a worker may open besides")
     admin_name: str = Field("admin", min_length=1, description="name of the administrator's account")
@@ -79,7 +79,7 @@ class ServerSettings(_FromEnvironment):
 
     @property
     def worker_count(self) -> int:
-        """How many server processes run: SQLite takes one writer at a time, so one is enough there."""
+        """How many server processes run: the profile `local` has SQLite, which takes one writer at a time."""
         return self.workers or (2 if self.profile == "workshop" else 1)
 
     @property

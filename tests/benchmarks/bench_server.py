@@ -22,10 +22,11 @@ from server.database import database, database_address
 from server.process import end_group, running
 from server.settings import Secrets, ServerSettings
 from tests.benchmarks.bench import machine, table
-from tests.tools.load import Outcome, Target, load
+from tests.tools.load import STOPPED, Outcome, Target, load
 from tests.tools.processes import free_port, serving
 
 CLIENTS = (20, 50, 100)
+SECONDS = 400  # after which clients are stopped: those of a plain server may wait for half an hour
 HEADER = ["server", "clients", "logging", "lost", "seconds", "slowest call", "400 or 500", "unfinished"]
 
 
@@ -67,11 +68,12 @@ SERVERS = {
 def cells(name: str, asynchronous: bool, outcome: Outcome) -> list[str]:
     """Return what a load gave as texts for the table."""
     shown = [name, str(outcome.clients), "asynchronous" if asynchronous else "synchronous"]
-    shown += [f"{outcome.lost / outcome.sent:.1%}", f"{outcome.seconds:.1f}", f"{outcome.slowest:.1f} s"]
+    seconds = f"{outcome.seconds:.1f}" + (" (stopped)" if STOPPED in outcome.errors else "")
+    shown += [f"{outcome.lost / outcome.sent:.1%}", seconds, f"{outcome.slowest:.1f} s"]
     return [*shown, str(outcome.bad_answers), str(outcome.unfinished)]
 
 
-def measure(name: str, counts: list[int]) -> Iterator[tuple[bool, Outcome]]:
+def measure(name: str, counts: list[int], limit: float) -> Iterator[tuple[bool, Outcome]]:
     """Yield what each number of clients meets on a new server, logging synchronously and asynchronously."""
     run, profile = SERVERS[name]
     with (
@@ -80,7 +82,7 @@ def measure(name: str, counts: list[int]) -> Iterator[tuple[bool, Outcome]]:
     ):
         for clients in counts:
             for asynchronous in (False, True):
-                yield asynchronous, load(target, clients, clients if asynchronous else 0)
+                yield asynchronous, load(target, clients, clients if asynchronous else 0, limit=limit)
 
 
 def main() -> None:
@@ -89,11 +91,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench_server.json", help="JSON file to write")
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS), help="how many log at once")
     parser.add_argument("--only", nargs="+", choices=SERVERS, default=list(SERVERS), help="servers to measure")
+    parser.add_argument("--limit", type=float, default=SECONDS, help="seconds after which a load is stopped")
     options = parser.parse_args()
     facts, rows, lines = machine(), [], [HEADER]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        for asynchronous, outcome in measure(name, options.clients):
+        for asynchronous, outcome in measure(name, options.clients, options.limit):
             lines.append(cells(name, asynchronous, outcome))
             print("  ".join(lines[-1]), file=sys.stderr, flush=True)
             rows.append({"server": name, "asynchronous": asynchronous, "lost": outcome.lost} | asdict(outcome))

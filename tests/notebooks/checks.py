@@ -262,7 +262,7 @@ def check_lesson_08(params):
     assert metrics["slowest_call_seconds"] > 1, "the server was never away"
     assert metrics["checks_passed"] == metrics["checks"] > 4
     said = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/findings.json")
-    assert said["moved"] == dict.fromkeys(("parameters", "metrics", "tags", "times", "files"), True)
+    assert said["moved"] == dict.fromkeys(("parameters", "metrics", "tags", "times", "data", "files"), True)
     assert said["restored"] == dict.fromkeys(("run", "steps", "file"), True)
     answers = {(each["experiment"], each["Ana"]): each["answer"] for each in said["permissions"]}
     assert {at for at, answer in answers.items() if answer == "allowed"} == {

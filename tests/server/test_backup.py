@@ -131,6 +131,7 @@ def test_artifacts_that_are_not_there_or_not_apart_are_refused(tmp_path):
 
 def test_artifacts_elsewhere_are_left_to_their_providers_tool(home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_DEMO_SERVER_DATABASE", f"sqlite:///{home}/store/mlflow.db")
+    (tmp_path / "folder").mkdir()
     arguments = ["--folder", str(tmp_path / "folder"), "--artifacts", "s3://bucket/place"]
     assert main(["backup", str(tmp_path / "backup"), *arguments]) == 0
     assert "Not in it: artifacts at s3://bucket/place" in capsys.readouterr().out
@@ -145,6 +146,14 @@ def test_the_password_goes_to_the_tools_by_the_environment(tmp_path, monkeypatch
     with pytest.raises(ServerError, match=r"hidden% at db\.example:5433/mlflow"):
         _run_tool("pg_dump", ["--file=x"], "postgresql://ann:hidden%25@db.example:5433/mlflow")
     assert (tmp_path / "tool.args").read_text() == "--file=x\n"
+
+
+def test_nothing_is_not_backed_up(tmp_path):
+    with pytest.raises(ServerError, match="does not exist: name the server's with --folder"):
+        back_up(ServerSettings(folder=tmp_path / "mistyped"), Secrets(), tmp_path / "backup")
+    with pytest.raises(ServerError, match="has no tables yet"):
+        back_up(ServerSettings(folder=tmp_path), Secrets(), tmp_path / "backup")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_backup_is_never_written_over_something(backup, tmp_path):

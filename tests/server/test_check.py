@@ -99,6 +99,14 @@ def test_a_full_disk_is_named_also_where_only_artifacts_are_on_it(tmp_path, monk
     assert found["disk"] == f"0.1 GB free in {tmp_path / 'artifacts'}: free 1 GB."
 
 
-def test_a_readiness_check_needs_no_running_server(tmp_path):
-    settings = ServerSettings(folder=tmp_path, port=free_port())
-    assert "process" in failed(settings, Secrets())
+@pytest.mark.parametrize("profile", ["local", "workshop"])
+def test_a_server_that_never_ran_is_one_sentence_for_each_part(tmp_path, profile):
+    settings = ServerSettings(profile=profile, folder=tmp_path / "none", port=free_port())
+    found = failed(settings, make_secrets())
+    assert found.keys() >= {"process", "database", "queries", "artifacts", "disk"}
+    assert f"{tmp_path / 'none'} does not exist" in found["disk"] and not (tmp_path / "none").exists()
+
+
+def test_a_database_that_is_gone_is_named(tmp_path):
+    found = failed(ServerSettings(folder=tmp_path, port=free_port()), Secrets())
+    assert found["database"].startswith("the database is gone")

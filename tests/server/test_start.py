@@ -191,7 +191,7 @@ def test_stop_says_that_nothing_runs(tmp_path):
     assert (process.returncode, errors) == (0, "") and "no server runs" in output
 
 
-@pytest.mark.parametrize("end", ["stop", "sigterm", "stop after the supervisor was killed"])
+@pytest.mark.parametrize("end", ["stop", "SIGTERM", "SIGHUP", "stop after the supervisor was killed"])
 def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
     port = free_port()
     drawn = make_secrets()
@@ -204,8 +204,8 @@ def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
     processes = tree(server.pid)
     postgres = int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0])
     assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).ok and len(processes) >= 4
-    if end == "sigterm":
-        server.terminate()
+    if end.startswith("SIG"):
+        server.send_signal(signal.Signals[end])
     else:
         if "killed" in end:
             server.kill()

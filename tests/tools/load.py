@@ -5,9 +5,11 @@ it. Each client is a fork of one process that has imported MLflow, so that 100 o
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from demo_lib.config import ROOT
@@ -26,7 +29,8 @@ import sqlalchemy
 METRICS, ALONE, BATCH = 200, 20, 20  # values a client logs: some one by one, the others so many a call
 PARAMS = {f"param_{number}": number for number in range(5)}
 METRIC, ARTIFACT = "loss", "notes.txt"
-WAIT = 600  # seconds for the slowest client: MLflow's own retries give up after 250
+LIMIT = 600  # seconds for the slowest client: MLflow's own retries give up after 250
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,13 @@ class Outcome:
         return self.answers.get(400, 0) + self.answers.get(500, 0)
 
 
-def load(target: Target, clients: int, asynchronous: int = 0, pause: float = 0) -> Outcome:
+def load(target: Target, clients: int, asynchronous: int = 0, pause: float = 0, limit: float = LIMIT) -> Outcome:
     """Log a run from each of the clients at once, and count what arrived.
 
     So many of them as `asynchronous` says log with `synchronous=False`; all wait `pause` seconds between their calls.
+    A client that has not ended after `limit` seconds is stopped, and its error says so.
     """
-    job = {"target": asdict(target), "clients": clients, "asynchronous": asynchronous, "pause": pause}
+    job = {"target": asdict(target), "clients": clients, "asynchronous": asynchronous, "pause": pause, "limit": limit}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING")}
     found = subprocess.run(
         [sys.executable, "-m", "tests.tools.load"],
@@ -159,22 +164,30 @@ class Calls:
             self.slowest = max(self.slowest, seconds)
 
 
-def _client(job: dict, number: int, login: tuple[str, str] | None, ready: object, results: object) -> None:
-    """Log one run, and report it."""
+def _client(job: dict, number: int, login: tuple[str, str] | None, ready: object, answer: Connection) -> None:
+    """Log one run, and report it, also when it is stopped before its end."""
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what fails is counted
     if login:
         os.environ |= {"MLFLOW_TRACKING_USERNAME": login[0], "MLFLOW_TRACKING_PASSWORD": login[1]}
     mlflow.set_tracking_uri(job["target"]["url"])
     experiment = mlflow.create_experiment(f"load-{secrets.token_hex(4)}-{number}")
-    calls, error = Calls(), ""
+    calls = Calls()
     calls.watch()
-    ready.wait(WAIT)
+    ready.wait(LIMIT)
     started = time.time()
+
+    def report(error: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        found = {"experiment": experiment, "started": started, "ended": time.time(), "error": error}
+        answer.send(found | {"slowest": calls.slowest, "statuses": calls.statuses})
+        os._exit(0)  # whatever its threads still wait for
+
+    signal.signal(signal.SIGTERM, lambda signum, frame: report(STOPPED))
     try:
         _log(experiment, number < job["asynchronous"], job["pause"])
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"[:300]
-    report = {"experiment": experiment, "started": started, "ended": time.time(), "error": error}
-    results.put(report | {"slowest": calls.slowest, "statuses": calls.statuses})
+        report(f"{type(failure).__name__}: {failure}"[:300])
+    report("")
 
 
 def _log(experiment: str, asynchronous: bool, pause: float) -> None:
@@ -215,18 +228,22 @@ def _logins(target: dict, clients: int) -> list[tuple[str, str] | None]:
 def main(job: dict) -> list[dict]:
     """Run the clients, and return their reports."""
     fork = multiprocessing.get_context("fork")  # before there is any thread
-    ready, results = fork.Barrier(job["clients"]), fork.SimpleQueue()
+    ready = fork.Barrier(job["clients"] + 1)
     logins = _logins(job["target"], job["clients"])
-    processes = [
-        fork.Process(target=_client, args=(job, number, login, ready, results), daemon=True)
-        for number, login in enumerate(logins)
-    ]
-    for process in processes:
+    answers, processes = [], []
+    for number, login in enumerate(logins):
+        mine, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=_client, args=(job, number, login, ready, theirs), daemon=True)
         process.start()
-    reports = [results.get() for _ in processes]
-    for process in processes:
-        process.join(WAIT)
-    return reports
+        theirs.close()
+        answers.append(mine)
+        processes.append(process)
+    ready.wait(LIMIT)
+    end = time.monotonic() + job["limit"]
+    for answer, process in zip(answers, processes, strict=True):
+        if not answer.poll(max(0, end - time.monotonic())):
+            process.terminate()
+    return [answer.recv() for answer in answers]
 
 
 if __name__ == "__main__":
