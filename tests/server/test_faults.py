@@ -20,7 +20,7 @@ from tests.tools.processes import free_port, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
 CLIENTS, PAUSE = 10, 0.5  # a client makes 30 calls: it logs for 15 s and what the faults cost it
-RESTART_SECONDS = 20
+RESTART_SECONDS = 40  # promised are 20, which a machine that also runs other tests may need twice
 
 
 @pytest.fixture
