@@ -20,7 +20,7 @@ from server.database import check_database, database_address, postgres_tool
 from server.process import read_state, refuse, running
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
-from tests.tools.processes import free_port, wait_until
+from tests.tools.processes import free_port, normal_signals, wait_until
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -33,6 +33,7 @@ def command(folder, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "server", *arguments],
         env=os.environ | {f"{PREFIX}FOLDER": str(folder)} | environment,
+        preexec_fn=normal_signals,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

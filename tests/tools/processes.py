@@ -16,9 +16,10 @@ import psutil
 import requests
 
 
-def normal_interrupt() -> None:
-    """Undo in a new process (`preexec_fn`) that a shell makes its background jobs ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def normal_signals() -> None:
+    """Undo in a new process (`preexec_fn`) that a shell's background jobs ignore Ctrl-C, and those of nohup SIGHUP."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def free_port() -> int:

@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.tools.processes import normal_interrupt
+from tests.tools.processes import normal_signals
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -134,7 +134,7 @@ def test_an_interrupt_ends_everything_killed_and_keeps_what_was_done(home, noteb
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
-        preexec_fn=normal_interrupt,
+        preexec_fn=normal_signals,
     )
     patience = time.monotonic() + 120
     while not (tmp_path / "started").exists() and time.monotonic() < patience:

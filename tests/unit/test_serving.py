@@ -21,7 +21,7 @@ import pytest
 import requests
 import torch
 
-from tests.tools.processes import normal_interrupt, scoring_servers, wait_until
+from tests.tools.processes import normal_signals, scoring_servers, wait_until
 
 URI = "models:/served@champion"
 HOLD = f"""
@@ -129,7 +129,7 @@ def test_no_server_outlives_its_process(served):
     ends = ("SIGINT", "SIGTERM", "SIGKILL") if sys.platform == "linux" else ("SIGINT",)
     command = [sys.executable, "-c", HOLD]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    scripts = {end: subprocess.Popen(command, preexec_fn=normal_interrupt, **quiet) for end in ends}
+    scripts = {end: subprocess.Popen(command, preexec_fn=normal_signals, **quiet) for end in ends}
     for name, script in scripts.items():
         url = script.stdout.readline().strip()
         assert requests.get(f"{url}/health").status_code == 200

@@ -28,7 +28,7 @@ import sqlalchemy
 import torch
 from mlflow import MlflowClient
 
-from tests.tools.processes import normal_interrupt
+from tests.tools.processes import normal_signals
 
 RUN = """
 import os, signal, sys, time
@@ -44,7 +44,7 @@ with mlflow.start_run(tags=provenance()) as run, truthful_status(), batched_metr
 
 def start_run_elsewhere():
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=os.environ, preexec_fn=normal_interrupt
+        [sys.executable, "-c", RUN], stdout=subprocess.PIPE, text=True, env=os.environ, preexec_fn=normal_signals
     )
     return process, process.stdout.readline().strip()
 

@@ -18,7 +18,7 @@ import optuna
 import pytest
 from mlflow import MlflowClient
 
-from tests.tools.processes import normal_interrupt
+from tests.tools.processes import normal_signals
 
 TINY = {"train_images": 300, "epochs": 2, "max_channels": 4, "device": "cpu", "prune": False}
 ENDS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
@@ -68,7 +68,7 @@ def start(*arguments):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
-        preexec_fn=normal_interrupt,
+        preexec_fn=normal_signals,
     )
 
 
