@@ -92,7 +92,7 @@ def _store() -> tuple[bool, str]:
 
 
 def _port() -> tuple[bool, str]:
-    from demo_lib.tracking import port_user
+    from demo_lib.processes import port_user
 
     port = settings().ui_port
     user = port_user(port)

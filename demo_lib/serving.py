@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,13 +15,12 @@ from typing import IO, Any, Self
 
 from demo_lib.config import DemoError, tracking_uri
 from demo_lib.packaging import find_model
-from demo_lib.tracking import TrackingError, open_store, wait_for_health
+from demo_lib.processes import LIBC, ProcessError, die_with_parent, free_port, wait_for_health
+from demo_lib.tracking import open_store
 
 import numpy as np
 import pandas as pd
 import psutil
-
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class ServingError(DemoError):
@@ -80,7 +76,7 @@ def serve(model_uri: str, seconds: float = 120) -> Server:
         server = Server(f"http://127.0.0.1:{port}", process)
         try:
             wait_for_health(server.url, process, seconds)
-        except TrackingError as error:
+        except ProcessError as error:
             server.stop()
             raise ServingError(f"the scoring server of {model_uri} {error}; its log ends: {_tail(log)}") from None
         except BaseException:
@@ -106,21 +102,6 @@ def time_calls(
             spent.append(time.perf_counter() - started)
         rows.append((size, 1000 * float(np.median(spent)), size * len(spent) / sum(spent)))
     return pd.DataFrame(rows, columns=["images", "milliseconds", "images_per_second"])
-
-
-def die_with_parent() -> None:
-    """Have Linux end this process as soon as the one that started it is dead: SIGKILL leaves that one no time to.
-
-    MLflow asks the same for the server below its command.
-    """
-    LIBC.prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _environment() -> dict[str, str]:

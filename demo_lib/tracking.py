@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from demo_lib.config import ROOT, Config, DemoError, TrainConfig, settings, sqlite_file, sqlite_uri, tracking_uri
+from demo_lib.processes import port_user
 
 import git
 import mlflow
 import psutil
-import requests
 from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Experiment, Metric, Run, ViewType
@@ -327,39 +327,6 @@ def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
     else:
         page, text = f"{of.experiment_id}/runs", f"experiment {of.name} in the MLflow UI"
     return Link(f"{base}/#/experiments/{page}?workflowType=machine_learning", text)
-
-
-def port_user(port: int) -> str:
-    """Say who listens on this machine's port: `mlflow`, `other` or `nobody`."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        if probe.connect_ex(("127.0.0.1", port)) != 0:
-            return "nobody"
-    try:
-        return (
-            "mlflow"
-            if requests.get(f"http://127.0.0.1:{port}/version", timeout=2).text == mlflow.__version__
-            else "other"
-        )
-    except requests.RequestException:
-        return "other"
-
-
-def wait_for_health(url: str, process: psutil.Popen, seconds: float, ours: Callable[[], bool] = lambda: True) -> None:
-    """Wait until the server that the process runs answers, and `ours` says that it is not another one that does.
-
-    Raises:
-        TrackingError: it ended, or did not answer in time; the text goes behind the server's name.
-    """
-    deadline = time.monotonic() + seconds
-    while process.poll() is None:
-        with suppress(requests.RequestException):
-            if ours() and requests.get(f"{url}/health", timeout=2).ok:
-                return
-        if time.monotonic() > deadline:
-            raise TrackingError(f"does not answer after {seconds:g} s")
-        time.sleep(0.1)
-    raise TrackingError("ended before it answered")
 
 
 def serve_ui(port: int) -> int:

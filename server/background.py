@@ -10,12 +10,11 @@ from contextlib import suppress
 from typing import Self
 
 from demo_lib.config import ROOT
-from demo_lib.serving import LIBC, die_with_parent
-from demo_lib.tracking import TrackingError, wait_for_health
+from demo_lib.processes import LIBC, ProcessError, die_with_parent, wait_for_health
 
 import psutil
 
-from server.process import START_SECONDS, end_group, read_state, stop
+from server.process import START_SECONDS, read_state, stop
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings
 
 
@@ -40,8 +39,8 @@ class BackgroundServer:
         self._stop()
 
     def break_down(self) -> None:
-        """End `mlflow server` but not what supervises it, which starts it again."""
-        end_group(read_state(self.settings)["server"][0])
+        """Kill `mlflow server` but not what supervises it, which starts it again."""
+        psutil.Process(read_state(self.settings)["server"][0]).kill()
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +71,7 @@ def launch(settings: ServerSettings, secrets: Secrets, seconds: float = START_SE
     server = BackgroundServer(settings, process)
     try:
         wait_for_health(settings.url, process, seconds, ours=lambda: read_state(settings) is not None)
-    except TrackingError as error:
+    except ProcessError as error:
         server.stop()
         said = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise ServerError(said.removeprefix("error: ") or f"the server {error}.") from None

@@ -17,7 +17,6 @@ from demo_lib.config import sqlite_file
 import psutil
 import sqlalchemy
 from alembic.runtime.migration import MigrationContext
-from mlflow.store.db.utils import _get_latest_schema_revision
 from sqlalchemy.engine import make_url
 
 from server.settings import Secrets, ServerError, ServerSettings, local_database
@@ -91,7 +90,7 @@ def check_database(address: str, settings: ServerSettings) -> bool:
         ) from None
     finally:
         engine.dispose()
-    if found and found != (expected := _get_latest_schema_revision()):
+    if found and found != (expected := _expected_version()):
         raise ServerError(
             f"the database {shown} has the tables of another MLflow (version {found}, this one needs {expected}): "
             "make a backup, then run `mlflow db upgrade` with its address, or install the MLflow that made it."
@@ -102,6 +101,12 @@ def check_database(address: str, settings: ServerSettings) -> bool:
             f"set max_connections = {settings.max_connections} in postgresql.conf, or lower workers or max_overflow."
         )
     return found is not None
+
+
+def _expected_version() -> str:
+    from mlflow.store.db.utils import _get_latest_schema_revision  # MLflow takes a second to load
+
+    return _get_latest_schema_revision()
 
 
 def own_postgres(settings: ServerSettings) -> psutil.Process | None:

@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 
-from demo_lib.tracking import TrackingError, port_user, wait_for_health
+from demo_lib.processes import ProcessError, port_user, wait_for_health
 
 import psutil
 
@@ -200,13 +199,14 @@ class Server:
         """Wait until the server answers."""
         try:
             wait_for_health(self.url, self.process, seconds)
-        except TrackingError as error:
+        except ProcessError as error:
             raise ServerError(f"the server {error}: {self.log_tail()}") from None
 
     def supervise(self) -> None:
         """Start again what dies, PostgreSQL or the server, until an exception such as Ctrl-C ends it."""
         while True:
-            time.sleep(1)
+            with suppress(psutil.TimeoutExpired):
+                self.process.wait(1)
             if self.postgres is not None and own_postgres(self.settings) is None:
                 self._start_postgres()
             if self.process.poll() is not None:

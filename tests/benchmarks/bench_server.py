@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from demo_lib.config import ROOT, sqlite_uri
+from demo_lib.processes import free_port
 
 from pydantic import SecretStr
 
@@ -23,7 +24,7 @@ from server.process import end_group, running
 from server.settings import Secrets, ServerSettings
 from tests.benchmarks.bench import machine, table
 from tests.tools.load import STOPPED, Outcome, Target, load
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import serving
 
 CLIENTS = (20, 50, 100)
 SECONDS = 400  # after which clients are stopped: those of a plain server may wait for half an hour

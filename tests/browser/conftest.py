@@ -5,11 +5,12 @@ import shutil
 import sys
 
 from demo_lib.batch import LESSONS
+from demo_lib.processes import free_port
 
 import pytest
 
 from tests.browser.chromium import chromium
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import serving
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 
 from demo_lib.config import ROOT
+from demo_lib.processes import free_port
 from demo_lib.runs import best, children
 from demo_lib.tracking import connect, ui_link
 
@@ -19,7 +20,7 @@ from mlflow.entities import Run
 from playwright.sync_api import Page
 
 from tests.browser.chromium import chromium
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import serving
 
 PICTURES = ROOT / "docs" / "pictures"
 

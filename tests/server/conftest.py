@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from demo_lib.config import ROOT
+from demo_lib.processes import free_port
 
 import mlflow
 import pytest
@@ -19,7 +20,7 @@ from server.participants import add
 from server.process import running, stop
 from server.settings import PREFIX, Secrets, ServerSettings
 from tests.tools.load import Target
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import serving
 
 
 @dataclass(frozen=True)

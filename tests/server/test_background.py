@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from demo_lib.config import ROOT
-from demo_lib.serving import free_port
+from demo_lib.processes import free_port
 
 import pytest
 

@@ -5,6 +5,8 @@ import shutil
 import threading
 from contextlib import contextmanager
 
+from demo_lib.processes import free_port
+
 import mlflow
 import pytest
 from mlflow import MlflowClient
@@ -16,7 +18,7 @@ from server.client import as_admin, call, signed_in
 from server.process import running
 from server.settings import Secrets, ServerError, ServerSettings
 from tests.server.conftest import make_secrets
-from tests.tools.processes import free_port, wait_until
+from tests.tools.processes import wait_until
 
 pytestmark = pytest.mark.xdist_group("server")
 

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from demo_lib.processes import free_port
+
 import pytest
 import requests
 from pydantic import SecretStr
@@ -17,7 +19,6 @@ from server.process import running
 from server.readiness import examine
 from server.settings import Secrets, ServerSettings
 from tests.server.conftest import make_secrets
-from tests.tools.processes import free_port
 
 pytestmark = pytest.mark.xdist_group("server")
 

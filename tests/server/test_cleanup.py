@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from demo_lib.processes import free_port
+
 import pytest
 import sqlalchemy
 from mlflow import MlflowClient
@@ -11,7 +13,6 @@ from server.client import as_admin
 from server.database import database_address
 from server.settings import Secrets, ServerError, ServerSettings
 from tests.server.conftest import make_secrets
-from tests.tools.processes import free_port
 
 pytestmark = pytest.mark.xdist_group("server")
 DAY = 86_400_000

@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 
+from demo_lib.processes import free_port
+
 import psutil
 import pytest
 import requests
@@ -16,7 +18,7 @@ from server.process import read_state, refuse, stop
 from server.settings import ServerSettings
 from tests.server.conftest import Site, make_secrets, started
 from tests.tools.load import METRICS, load
-from tests.tools.processes import free_port, wait_until
+from tests.tools.processes import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
 CLIENTS, PAUSE = 10, 0.5  # a client makes 30 calls: it logs for 15 s and what the faults cost it

@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo_lib.processes import free_port
+
 import mlflow
 import pytest
 import requests
 
 from tests.conftest import ROOT
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import serving
 
 pytestmark = pytest.mark.xdist_group("server")
 

@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from demo_lib.config import sqlite_uri
+from demo_lib.processes import free_port
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from server.database import check_database, database_address, postgres_tool
 from server.process import read_state, refuse, running
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
-from tests.tools.processes import free_port, normal_signals, wait_until
+from tests.tools.processes import normal_signals, wait_until
 
 pytestmark = pytest.mark.xdist_group("server")
 

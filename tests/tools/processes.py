@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from demo_lib.config import sqlite_uri
+from demo_lib.processes import free_port
 
 import psutil
 import requests
@@ -20,13 +20,6 @@ def normal_signals() -> None:
     """Undo in a new process (`preexec_fn`) that a shell's background jobs ignore Ctrl-C, and those of nohup SIGHUP."""
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def scoring_servers(home: object) -> list[int]:

@@ -35,6 +35,11 @@ def test_the_batch_run_starts_without_pytorch_and_mlflow():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_what_watches_over_the_server_starts_without_pytorch_and_mlflow():
+    code = "import server.process, sys; assert not {'torch', 'mlflow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_demo_lib_keeps_mlflow_quiet_unless_told_otherwise():
     code = (
         "import demo_lib, mlflow, logging; from mlflow.telemetry.client import get_telemetry_client as c;"

@@ -9,6 +9,7 @@ import uuid
 
 from demo_lib import runs as room
 from demo_lib.config import ConfigError, TrainConfig
+from demo_lib.processes import free_port
 from demo_lib.runs import (
     RunError,
     best,
@@ -30,7 +31,7 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlMetric, SqlParam, SqlRun
 from sqlalchemy import insert
 
-from tests.tools.processes import free_port, serving
+from tests.tools.processes import serving
 
 
 @pytest.fixture(scope="module")
