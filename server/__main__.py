@@ -163,7 +163,10 @@ def _participants_remove(given: argparse.Namespace, settings: ServerSettings, se
 def _progress(given: argparse.Namespace, settings: ServerSettings, secrets: Secrets) -> int:
     from server.progress import progress
 
-    print(progress(settings, secrets).to_string())
+    # Numbers in place of names: the table is to fit a terminal of 80 columns.
+    table = progress(settings, secrets).rename(columns=lambda name: name[:2] if name[:2].isdigit() else name)
+    times = table.pop("last_activity").dt.strftime("%Y-%m-%d %H:%M")
+    print(table.assign(**{"last activity (UTC)": times.fillna("-")}).reset_index().to_string(index=False))
     return 0
 
 
