@@ -24,10 +24,11 @@ RUN_ALL = """async () => {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_top_to_bottom_without_red_on_a_server(name, home, lab, browser, tmp_path, tracking_server):
+def test_a_lesson_runs_top_to_bottom_without_red_on_a_server(name, lab, browser, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEMO_HOME", str(lab.home))
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.set_default_timeout(120_000)
-    page.goto(f"{lab}/tree/{name}.ipynb")
+    page.goto(f"{lab.url}/workspaces/{name}/tree/{name}.ipynb")  # a workspace remembers what was open in it
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
     notebook = page.evaluate(RUN_ALL)
@@ -37,10 +38,11 @@ def test_a_lesson_runs_top_to_bottom_without_red_on_a_server(name, home, lab, br
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [each for each in outputs if each["output_type"] == "error" or each.get("name") == "stderr"]
     assert page.locator(".jp-RenderedHTMLCommon a:has-text('in the MLflow UI')").count() or name != NAMES[0]
-    page.close()
-    mlflow.set_tracking_uri(tracking_server)
+    mlflow.set_tracking_uri(lab.tracking)
     check_lesson(name, defaults(name))
-    assert not (home / "store" / "artifacts").exists()
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.close()
+    assert not (lab.home / "store" / "artifacts").exists()
 
 
 def test_links_open_the_right_pages_in_a_fresh_profile(home, ui, browser):
