@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager, suppress
@@ -225,6 +226,7 @@ class Server:
         """End the whole group and wait until it is gone."""
         if self.process is not None:
             end_group(self.process.pid)
+            self.process.poll()  # or it stays a zombie of this process
             _state_file(self.settings).unlink(missing_ok=True)
 
     def log_tail(self) -> str:
@@ -259,8 +261,7 @@ def stop(settings: ServerSettings) -> bool:
 def _stop_processes(state: dict) -> None:
     if (supervisor := _find(state["supervisor"])) is not None and supervisor.pid != os.getpid():
         supervisor.terminate()
-        with suppress(psutil.TimeoutExpired):
-            supervisor.wait(30)
+        _await_end([supervisor], 30)
     if _orphans(state["server"]):
         end_group(state["server"][0])
 
@@ -275,6 +276,11 @@ def read_state(settings: ServerSettings) -> dict | None:
     return state if alive else None
 
 
+def is_supervised(state: dict) -> bool:
+    """Return whether what starts the server again is alive."""
+    return _find(state["supervisor"]) is not None
+
+
 def end_group(leader: int, seconds: float = 15) -> None:
     """End every process of the group, first by asking, and wait until they are gone."""
     for end in (psutil.Process.terminate, psutil.Process.kill):
@@ -282,7 +288,20 @@ def end_group(leader: int, seconds: float = 15) -> None:
         for member in members:
             with suppress(psutil.NoSuchProcess):
                 end(member)
-        psutil.wait_procs(members, timeout=seconds)
+        _await_end(members, seconds)
+
+
+def _await_end(processes: list[psutil.Process], seconds: float) -> None:
+    """Wait until they are gone, for so long at most; those are that only their parent has not noticed yet."""
+    deadline = time.monotonic() + seconds
+    while any(map(_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _group(leader: int) -> list[psutil.Process]:
@@ -295,7 +314,7 @@ def _group(leader: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(process.pid) == leader and _alive(process):
                 found.append(process)
     return found
 
@@ -313,7 +332,7 @@ def _identity(process: psutil.Process) -> list:
 def _find(identity: list) -> psutil.Process | None:
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(identity[0])
-        if abs(process.create_time() - identity[1]) < 2 and process.status() != psutil.STATUS_ZOMBIE:
+        if abs(process.create_time() - identity[1]) < 2 and _alive(process):
             return process
     return None
 

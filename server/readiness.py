@@ -15,7 +15,7 @@ import requests
 
 from server.client import call
 from server.database import check_database, database_address
-from server.process import read_state
+from server.process import is_supervised, read_state
 from server.settings import Secrets, ServerSettings
 
 SECONDS = 6  # for each request: all checks run at once, and a server that hangs is to be named within 15 s
@@ -40,8 +40,10 @@ def _examine_one(name: str, check: Callable[..., str], settings: ServerSettings,
 
 
 def _process(settings: ServerSettings, secrets: Secrets) -> str:
-    if read_state(settings) is None:
+    if (state := read_state(settings)) is None:
         raise DemoError(f"no server runs in {settings.folder}: start it with `python -m server start`.")
+    if not is_supervised(state):
+        raise DemoError("nothing watches over the server any more: end it with `python -m server stop`, and start it.")
     return f"runs at {settings.url}"
 
 

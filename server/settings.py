@@ -29,19 +29,23 @@ class _FromEnvironment(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
 
 
+def _server_data() -> Path:
+    return demo_settings().home / "server-data"
+
+
 class ServerSettings(_FromEnvironment):
     """How the server runs. Each field is also an environment variable and, but for secrets, a flag of the command."""
 
     profile: Literal["local", "workshop"] = Field("local", description="workshop: PostgreSQL, accounts, exact hosts")
     folder: AbsolutePath = Field(
-        default_factory=lambda: demo_settings().home / "server-data",
-        description="folder of the server's database, artifacts, log and state",
+        default_factory=_server_data,
+        description="folder of the server's database, artifacts, log and state; server-data here or in DEMO_HOME",
     )
     host: str = Field("127.0.0.1", description="network interface to listen on")
     port: int = Field(5080, ge=1, le=65535, description="port to listen on")
-    artifacts: str = Field("", description="folder or s3:// address of the artifacts (default: in the folder)")
+    artifacts: str = Field("", description="folder or s3:// address of the artifacts; empty: in the folder")
     hosts: str = Field("", description="host names, with commas, by which clients reach the server through its proxy")
-    origins: str = Field("", description="web origins, with commas, that may call it (default: https:// and hosts)")
+    origins: str = Field("", description="web origins, with commas, that may call it; empty: https:// and the hosts")
     x_frame_options: Literal["DENY", "SAMEORIGIN", "NONE"] = Field("DENY", description="who may frame the UI")
     workers: int = Field(0, ge=0, le=32, description="server processes; 0 is 1 with local and 2 with workshop")
     pool_size: int = Field(20, ge=1, le=200, description="open database connections a worker keeps")

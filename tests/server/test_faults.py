@@ -15,6 +15,7 @@ import sqlalchemy
 
 from server.database import own_postgres
 from server.process import read_state, refuse, stop
+from server.readiness import examine
 from server.settings import ServerSettings
 from tests.server.conftest import Site, make_secrets, started
 from tests.tools.load import METRICS, load
@@ -91,6 +92,8 @@ def test_nothing_is_lost_when_parts_die_and_nothing_is_left_when_the_supervisor_
     assert outcome.answers, "no client noticed: nothing is shown"
     supervisor.kill()
     supervisor.wait(10)
+    (missed,) = [each.text for each in examine(site.settings, site.secrets) if not each.ok]
+    assert missed.startswith("nothing watches over the server any more")
     server, postgres = leader(site), own_postgres(site.settings)
     assert server.is_running() and postgres.is_running()
     assert stop(site.settings)
