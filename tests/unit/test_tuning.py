@@ -218,7 +218,7 @@ def test_optunas_plots_leave_the_style_of_others_alone(home):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
-    process = start("--study", "c", "--trials", "6", "--workers", workers)
+    process = start("--study", "c", "--trials", "4", "--workers", workers)
     await_children(2)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -228,23 +228,23 @@ def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     assert [run.info.status for run in parents] == ["KILLED"]
     assert {run.info.status for run in children.values()} <= {"KILLED", "FINISHED"}
     assert "KILLED" in {run.info.status for run in children.values()}
-    again = start("--study", "c", "--trials", "6", "--workers", workers)
+    again = start("--study", "c", "--trials", "4", "--workers", workers)
     output, errors = again.communicate(timeout=200)
     assert again.returncode == 0, errors
-    assert re.search(r"best of 6 trials", output)
-    assert check_study(home, "c", 6, interrupted=True)[1].info.status == "FINISHED"
+    assert re.search(r"best of 4 trials", output)
+    assert check_study(home, "c", 4, interrupted=True)[1].info.status == "FINISHED"
 
 
 def test_a_killed_worker_costs_nothing(home):
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
-    process = start("--study", "k", "--trials", "6", "--workers", "2")
+    process = start("--study", "k", "--trials", "4", "--workers", "2")
     await_children(2)
     running = [run for run in family()[1].values() if run.info.status == "RUNNING"]
     os.kill(int(running[0].data.tags["process"].split(":")[-2]), signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    study, parent, children = check_study(home, "k", 6)
-    assert parent.info.status == "FINISHED" and len(study.trials) == 7
+    study, parent, children = check_study(home, "k", 4)
+    assert parent.info.status == "FINISHED" and len(study.trials) == 5
     assert children[int(running[0].data.tags["trial_number"])].info.status == "KILLED"
 
 
