@@ -11,7 +11,7 @@ from demo_lib.config import DemoError
 
 from pydantic_settings import CliSettingsSource
 
-from server.settings import Secrets, ServerSettings, read_settings
+from server.settings import Secrets, ServerSettings, SettingsFromEnvironment, read_settings
 
 Do = Callable[[argparse.Namespace, ServerSettings, Secrets], int]
 
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add(commands: argparse._SubParsersAction, name: str, text: str, do: Do) -> argparse.ArgumentParser:
     """Add a command with the settings as flags; `do` takes the arguments, settings and secrets."""
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    source = CliSettingsSource(ServerSettings, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True)
+    source = CliSettingsSource(
+        SettingsFromEnvironment, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True
+    )
     parser.set_defaults(do=do, flags=source)
     return parser
 

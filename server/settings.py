@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from demo_lib.config import AbsolutePath, DemoError, explain, sqlite_uri
 from demo_lib.config import settings as demo_settings
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "MLFLOW_DEMO_SERVER_"
@@ -25,16 +25,12 @@ class ServerError(DemoError):
     """The server can't be started, reached or used as it is set up."""
 
 
-class _FromEnvironment(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", env_ignore_empty=True)
-
-
 def _server_data() -> Path:
     return demo_settings().home / "server-data"
 
 
-class ServerSettings(_FromEnvironment):
-    """How the server runs. Each field is also an environment variable and, but for secrets, a flag of the command."""
+class ServerSettings(BaseModel, frozen=True):
+    """How the server runs. `read_settings` takes each field from an environment variable or a flag as well."""
 
     profile: Literal["local", "workshop"] = Field("local", description="workshop: PostgreSQL, accounts, exact hosts")
     folder: AbsolutePath = Field(
@@ -92,8 +88,8 @@ class ServerSettings(_FromEnvironment):
         return 2 * self.worker_count * (self.pool_size + self.max_overflow) + 20
 
 
-class Secrets(_FromEnvironment):
-    """What must not be seen: from the environment or a file that only its owner can read, never from flags."""
+class Secrets(BaseModel, frozen=True):
+    """What must not be seen. `read_settings` takes it from the environment or a private file, never from flags."""
 
     database: SecretStr | None = Field(None, description="database address, with its password")
     admin_password: SecretStr | None = Field(None, description="the administrator's password")
@@ -105,6 +101,18 @@ class Secrets(_FromEnvironment):
         given = (self.admin_password, self.secret_key)
         password = urlsplit(self.database.get_secret_value()).password if self.database else None
         return tuple(value.get_secret_value() for value in given if value) + ((password,) if password else ())
+
+
+class _FromEnvironment(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", env_ignore_empty=True)
+
+
+class SettingsFromEnvironment(ServerSettings, _FromEnvironment):
+    """Settings whose missing values are looked for in the environment and a file."""
+
+
+class _SecretsFromEnvironment(Secrets, _FromEnvironment):
+    pass
 
 
 def read_settings(**flags: object) -> tuple[ServerSettings, Secrets]:
@@ -122,7 +130,7 @@ def read_settings(**flags: object) -> tuple[ServerSettings, Secrets]:
     if path.is_file() and os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ServerError(f"others can read {path}, which may hold secrets: chmod 600 {path}")
     try:
-        return ServerSettings(_env_file=path, **flags), Secrets(_env_file=path)
+        return SettingsFromEnvironment(_env_file=path, **flags), _SecretsFromEnvironment(_env_file=path)
     except ValidationError as error:
         raise ServerError(explain(ServerSettings, error, prefix=PREFIX)) from None
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from server.process import auth_config, command, environment
-from server.settings import PREFIX, Secrets, ServerSettings
+from server.settings import PREFIX, ServerSettings, read_settings
 from tests.conftest import ROOT
 
 FILE = ROOT / "server" / "compose.yaml"
@@ -49,12 +49,13 @@ def compose(given):
 
 
 @pytest.fixture
-def ours(monkeypatch):
+def ours(monkeypatch, tmp_path):
     """The settings and secrets that the same variables make, but for what a container has of its own."""
     for name, value in GIVEN.items():
         monkeypatch.setenv(name, value)
     inside = {"host": "0.0.0.0", "artifacts": "/artifacts"}  # its port is published on loopback, its folder is a volume
-    return ServerSettings(profile="workshop", **inside), Secrets()
+    monkeypatch.setattr("server.settings.ENV_FILE", tmp_path / "none")
+    return read_settings(profile="workshop", **inside)
 
 
 def test_the_command_is_the_same(ours):

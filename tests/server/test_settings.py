@@ -41,7 +41,14 @@ def test_the_example_copied_is_the_defaults(tmp_path, monkeypatch):
     copied.write_text(FILE.read_text())
     copied.chmod(0o600)
     monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(copied))
-    assert read_settings() == (ServerSettings(_env_file=None), Secrets(_env_file=None))
+    assert [given.model_dump() for given in read_settings()] == [ServerSettings().model_dump(), Secrets().model_dump()]
+
+
+def test_settings_made_in_python_are_no_other_servers(monkeypatch):
+    monkeypatch.setenv(f"{PREFIX}ARTIFACTS", "/srv/artifacts")
+    monkeypatch.setenv(f"{PREFIX}SECRET_KEY", "of the server that runs here")
+    assert (ServerSettings().artifacts, Secrets().secret_key) == ("", None)
+    assert read_settings()[0].artifacts == "/srv/artifacts"
 
 
 def test_the_table_of_the_page_has_every_setting_with_flag_and_default():
