@@ -22,23 +22,23 @@ pytestmark = pytest.mark.xdist_group("server")
 def test_the_lessons_run_unchanged_as_a_participant(workshop, home):
     settings, secrets = workshop.settings, workshop.secrets
     made = {}
-    add(settings, secrets, ["eve", "frank"], made.update)
+    add(settings, secrets, ["lea", "finn"], made.update)
     with as_admin(settings, secrets):
         MlflowClient().create_registered_model("fashion-classifier")  # somebody else's, of the same name
-    login = {"MLFLOW_TRACKING_URI": workshop.url, "MLFLOW_TRACKING_USERNAME": "eve"}
+    login = {"MLFLOW_TRACKING_URI": workshop.url, "MLFLOW_TRACKING_USERNAME": "lea"}
     done = subprocess.run(
         [sys.executable, "-m", "demo_lib", "run", "--jobs", "2", *(each[:2] for each in LESSONS if each[:2] <= "07")],
-        env=os.environ | login | {"MLFLOW_TRACKING_PASSWORD": made["eve"]},
+        env=os.environ | login | {"MLFLOW_TRACKING_PASSWORD": made["lea"]},
         capture_output=True,
         text=True,
         timeout=550,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = progress(settings, secrets)
-    assert (table.loc["eve", [each for each in LESSONS if each[:2] <= "07"]] > 0).all()
-    assert (table.loc["frank"].drop("last_activity") == 0).all()
+    assert (table.loc["lea", [each for each in LESSONS if each[:2] <= "07"]] > 0).all()
+    assert (table.loc["finn"].drop("last_activity") == 0).all()
     with as_admin(settings, secrets):
-        champion = MlflowClient().get_model_version_by_alias("eve.fashion-classifier", "champion")
+        champion = MlflowClient().get_model_version_by_alias("lea.fashion-classifier", "champion")
         assert champion.run_id and not MlflowClient().search_model_versions("name = 'fashion-classifier'")
         names = {experiment.name for experiment in mlflow.search_experiments()}
     assert not {name for name in names if name in LESSONS}
