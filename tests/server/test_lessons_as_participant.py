@@ -18,7 +18,7 @@ LESSONS = [path.stem for path in paths()]
 pytestmark = pytest.mark.xdist_group("server")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_lessons_run_unchanged_as_a_participant(workshop, home):
     settings, secrets = workshop.settings, workshop.secrets
     made = {}
@@ -31,7 +31,7 @@ def test_the_lessons_run_unchanged_as_a_participant(workshop, home):
         env=os.environ | login | {"MLFLOW_TRACKING_PASSWORD": made["lea"]},
         capture_output=True,
         text=True,
-        timeout=550,
+        timeout=850,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = progress(settings, secrets)
