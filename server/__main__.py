@@ -141,7 +141,8 @@ def _participants_add(given: argparse.Namespace, settings: ServerSettings, secre
 def _participants_list(given: argparse.Namespace, settings: ServerSettings, secrets: Secrets) -> int:
     from server.participants import table
 
-    print(table(settings, secrets).reset_index().to_string(index=False))
+    people = table(settings, secrets)
+    print("no participants yet." if people.empty else people.reset_index().to_string(index=False))
     return 0
 
 

@@ -235,7 +235,9 @@ def _verified(source: Path) -> dict[str, Any]:
         raise ServerError(f"{source} is no backup: it has no readable {MANIFEST}.") from None
     for name in sorted(expected.keys() | set(_files(source))):
         path = source / name
-        if name not in expected or not path.is_file() or _describe(path) != expected[name]:
+        if name not in expected:
+            raise ServerError(f"the backup {source} has a file that is not of it, {name}: remove that.")
+        if not path.is_file() or _describe(path) != expected[name]:
             raise ServerError(f"the backup {source} is damaged at {name}: use another one.")
     return manifest
 

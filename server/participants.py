@@ -41,7 +41,8 @@ def read_names(path: Path) -> list[str]:
         ServerError: the file can't be read, has no such column or no line, or a name is bad or there twice.
     """
     try:
-        lines = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
+        read = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
+        lines = [line for line in read if any(line.values())]  # programs leave empty rows at the end
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ServerError(f"{path} can't be read ({error}): name a CSV file with a column `name`, in UTF-8.") from None
     if not lines or "name" not in lines[0]:
@@ -149,12 +150,14 @@ def write_sheet(path: Path, passwords: dict[str, str]) -> None:
         ServerError: the file is no such sheet, or can't be read or written.
     """
     try:
-        before = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+        before = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig")))) if path.exists() else []
+        if any(set(line) != {"name", "password"} for line in before):
+            raise ServerError(f"the sheet {path} has other columns than name and password: choose another --sheet.")
         known = {line["name"]: line["password"] for line in before} | passwords
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([("name", "password"), *known.items()])
         write_private(path, text.getvalue())
-    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ServerError(f"the sheet {path} can't be written ({error}): choose another --sheet.") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from demo_lib.processes import ProcessError, port_user, wait_for_health
 
 import psutil
 
-from server.database import database, own_postgres, stop_postgres
+from server.database import database, make_folder, own_postgres, stop_postgres
 from server.settings import LOOPBACK, PREFIX, SHORTEST_PASSWORD, Secrets, ServerError, ServerSettings
 
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
@@ -71,7 +72,7 @@ def auth_config(address: str) -> str:
     config = ConfigParser(interpolation=None)
     config["mlflow"] = {
         "default_permission": "NO_PERMISSIONS",
-        "database_uri": address,
+        "database_uri": address.replace("%", "%%"),  # MLflow reads the file with interpolation
         "auth_cache_ttl_seconds": str(CACHE_SECONDS),
     }
     text = StringIO()
@@ -93,13 +94,18 @@ def refuse(settings: ServerSettings, secrets: Secrets) -> None:
         )
     if settings.accounts:
         _refuse_secrets(secrets)
+        if not re.fullmatch(r"[\w.@-]+", settings.admin_name, re.ASCII):
+            raise ServerError(f"the admin name {settings.admin_name!r} is not allowed: use letters, digits and . @ - _")
     if (running := read_state(settings)) is not None:
         raise ServerError(
             f"the server already runs at {running['url']}: use it, or end it with `python -m server stop`."
         )
     _refuse_port(settings)
+    make_folder(settings)
     if "://" not in settings.artifact_root:
         _refuse_folder(settings)
+    elif not settings.artifact_root.startswith("s3://"):
+        raise ServerError(f"artifacts can't be at {settings.artifact_root}: name a folder or an s3:// address.")
 
 
 def _refuse_secrets(secrets: Secrets) -> None:
@@ -108,8 +114,12 @@ def _refuse_secrets(secrets: Secrets) -> None:
         variable = f"{PREFIX}{name.upper()}"
         if value is None:
             raise ServerError(f"{variable} is not set: put one of your own into the environment or server/server.env.")
-        if len(value.get_secret_value()) < SHORTEST_PASSWORD:
+        text = value.get_secret_value()
+        if len(text) < SHORTEST_PASSWORD:
             raise ServerError(f"{variable} is too short: it needs {SHORTEST_PASSWORD} characters or more.")
+        # Clients encode other letters differently, so nobody could log in.
+        if not (text.isascii() and text.isprintable() and text == text.strip()):
+            raise ServerError(f"{variable} may have only ASCII letters, digits and signs, and no space at its ends.")
 
 
 def _refuse_port(settings: ServerSettings) -> None:

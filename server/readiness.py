@@ -89,9 +89,12 @@ def _disk(settings: ServerSettings, secrets: Secrets) -> str:
 
 
 def _accounts(settings: ServerSettings, secrets: Secrets) -> str:
-    answer = requests.post(
-        f"{settings.url}/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=SECONDS
-    )
+    try:
+        answer = requests.post(
+            f"{settings.url}/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=SECONDS
+        )
+    except requests.RequestException:
+        raise DemoError(f"no server answers at {settings.url}: start it with `python -m server start`.") from None
     _expect(answer, 401, "the server answers without a password: stop it, and look at its settings.")
     return "nobody gets in without a password"
 

@@ -7,15 +7,19 @@ import stat
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from demo_lib.config import AbsolutePath, DemoError, explain, sqlite_uri
 from demo_lib.config import settings as demo_settings
 
+from dotenv.parser import parse_stream
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 PREFIX = "MLFLOW_DEMO_SERVER_"
+ENCODING = "utf-8-sig"  # of the file: some editors begin it with a mark
 ENV_FILE = Path(__file__).with_name("server.env")
 SHORTEST_PASSWORD = 12  # MLflow's own limit, for every account
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -63,7 +67,7 @@ class ServerSettings(BaseModel, frozen=True):
         """Where the server keeps artifacts: a folder's absolute path, or an address."""
         if "://" in self.artifacts:
             return self.artifacts
-        return str(Path(self.artifacts).absolute() if self.artifacts else self.folder / "artifacts")
+        return str(Path(self.artifacts).expanduser().absolute() if self.artifacts else self.folder / "artifacts")
 
     @property
     def allowed_hosts(self) -> list[str]:
@@ -100,7 +104,8 @@ class Secrets(BaseModel, frozen=True):
         """Every text that no output may have."""
         given = (self.admin_password, self.secret_key)
         password = urlsplit(self.database.get_secret_value()).password if self.database else None
-        return tuple(value.get_secret_value() for value in given if value) + ((password,) if password else ())
+        forms = (password, unquote(password)) if password else ()
+        return tuple(value.get_secret_value() for value in given if value) + forms
 
 
 class _FromEnvironment(BaseSettings):
@@ -121,7 +126,7 @@ def read_settings(**flags: object) -> tuple[ServerSettings, Secrets]:
     The file is `server/server.env`, or what `MLFLOW_DEMO_SERVER_ENV_FILE` names.
 
     Raises:
-        ServerError: a value is not allowed, or others can read the file.
+        ServerError: a value is not allowed, or the file can't be read, or others can read it.
     """
     named = os.environ.get(f"{PREFIX}ENV_FILE")
     path = Path(named) if named else ENV_FILE
@@ -129,10 +134,40 @@ def read_settings(**flags: object) -> tuple[ServerSettings, Secrets]:
         raise ServerError(f"{PREFIX}ENV_FILE names {path}, which is no file: correct or unset it.")
     if path.is_file() and os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ServerError(f"others can read {path}, which may hold secrets: chmod 600 {path}")
+    if path.is_file():
+        _refuse_lines(path)
+    file = {"_env_file": path, "_env_file_encoding": ENCODING}
     try:
-        return SettingsFromEnvironment(_env_file=path, **flags), _SecretsFromEnvironment(_env_file=path)
+        given, secrets = SettingsFromEnvironment(**file, **flags), _SecretsFromEnvironment(**file)
     except ValidationError as error:
         raise ServerError(explain(ServerSettings, error, prefix=PREFIX)) from None
+    if secrets.database:
+        _refuse_address(secrets.database.get_secret_value())
+    return given, secrets
+
+
+def _refuse_lines(path: Path) -> None:
+    """A line that can't be read would be left out, with the setting in it."""
+    try:
+        with path.open(encoding=ENCODING) as file:
+            bad = next((binding.original.line for binding in parse_stream(file) if binding.error), None)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"{path} can't be read ({error}): save it as UTF-8, readable for you.") from None
+    if bad is not None:
+        raise ServerError(f"{path}, line {bad} can't be read: write NAME=value, a value with signs in single quotes.")
+
+
+def _refuse_address(address: str) -> None:
+    """Look at the form of a database's address, and show nothing of it: a wrong one may have its password anywhere."""
+    try:
+        known = make_url(address).get_backend_name() in ("postgresql", "sqlite") and make_url(address).get_dialect()
+    except (ArgumentError, ImportError, ValueError):
+        known = False
+    if not known or address.partition("?")[0].count("@") > 1:
+        raise ServerError(
+            f"{PREFIX}DATABASE is no address of a database: write postgresql://NAME:PASSWORD@HOST:5432/DATABASE or "
+            "sqlite:////FOLDER/FILE, and @ : / # ? in the password as %40 %3A %2F %23 %3F."
+        )
 
 
 def local_database(settings: ServerSettings) -> str:

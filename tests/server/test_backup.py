@@ -155,7 +155,7 @@ def test_nothing_is_not_backed_up(tmp_path):
         back_up(ServerSettings(folder=tmp_path / "mistyped"), Secrets(), tmp_path / "backup")
     with pytest.raises(ServerError, match="has no tables yet"):
         back_up(ServerSettings(folder=tmp_path), Secrets(), tmp_path / "backup")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["lock"])
 
 
 def test_a_backup_is_never_written_over_something(backup, tmp_path):
@@ -196,7 +196,7 @@ def change_counts(folder):
     [
         (break_hash, r"damaged at artifacts/.*text.txt"),
         (lose_file, r"damaged at artifacts/.*text.txt"),
-        (add_file, r"damaged at artifacts/more"),
+        (add_file, r"not of it, artifacts/more"),
         (lose_manifest, r"no readable manifest.json"),
         (change_schema, r"is of MLflow 2.0"),
         (change_counts, r"differs from the backup in \['runs'\]"),

@@ -105,6 +105,7 @@ def test_a_server_that_never_ran_is_one_sentence_for_each_part(tmp_path, profile
     settings = ServerSettings(profile=profile, folder=tmp_path / "none", port=free_port())
     found = failed(settings, make_secrets())
     assert found.keys() >= {"process", "database", "queries", "artifacts", "disk"}
+    assert all("HTTPConnectionPool" not in text for text in found.values())
     assert f"{tmp_path / 'none'} does not exist" in found["disk"] and not (tmp_path / "none").exists()
 
 

@@ -17,8 +17,8 @@ import requests
 import sqlalchemy
 from pydantic import SecretStr
 
-from server.database import check_database, database_address, postgres_tool
-from server.process import read_state, refuse, running
+from server.database import check_database, database, database_address, postgres_tool
+from server.process import auth_config, read_state, refuse, running
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
 from tests.tools.processes import normal_signals, wait_until
@@ -47,11 +47,18 @@ def command(folder, *arguments, **environment):
         ({"admin_password": None}, "ADMIN_PASSWORD is not set"),
         ({"secret_key": None}, "SECRET_KEY is not set"),
         ({"admin_password": SecretStr("short")}, "ADMIN_PASSWORD is too short: it needs 12"),
+        ({"admin_password": SecretStr("Königsberg-1234")}, "ADMIN_PASSWORD may have only ASCII letters"),
+        ({"admin_password": SecretStr(" " * 12)}, "ADMIN_PASSWORD may have only ASCII letters"),
     ],
 )
 def test_a_workshop_needs_good_secrets(tmp_path, given, sentence):
     with pytest.raises(ServerError, match=sentence):
         refuse(settings(tmp_path, profile="workshop"), make_secrets(**given))
+
+
+def test_an_admin_who_could_not_log_in_is_refused(tmp_path):
+    with pytest.raises(ServerError, match="the admin name 'a:b' is not allowed"):
+        refuse(settings(tmp_path, profile="workshop", admin_name="a:b"), make_secrets())
 
 
 def test_others_are_not_let_in_without_accounts(tmp_path):
@@ -80,7 +87,60 @@ def test_an_artifact_folder_must_be_there_and_be_writable(tmp_path):
         refuse(settings(tmp_path, artifacts=str(tmp_path / "none")), Secrets())
     with pytest.raises(ServerError, match="can't be written"):
         refuse(settings(tmp_path, artifacts="/proc/sys"), Secrets())
+    with pytest.raises(ServerError, match="artifacts can't be at file:///srv"):
+        refuse(settings(tmp_path, artifacts="file:///srv"), Secrets())
+    with pytest.raises(ServerError, match="the folder /proc/x can't be made"):
+        refuse(settings("/proc/x"), Secrets())
     refuse(settings(tmp_path, artifacts="s3://bucket/files"), Secrets())
+
+
+def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
+    with (
+        pytest.raises(ServerError, match="which has a space or quote: choose another --folder"),
+        database(settings(tmp_path / "with space", profile="workshop"), make_secrets()),
+    ):
+        raise AssertionError("it runs")
+    (tmp_path / "half" / "postgres").mkdir(parents=True)
+    (tmp_path / "half" / "postgres" / "postmaster.pid").write_text("-1")
+    with (
+        pytest.raises(ServerError, match="its first start was cut off, so delete that folder"),
+        database(settings(tmp_path / "half", profile="workshop"), make_secrets()),
+    ):
+        raise AssertionError("it runs")
+
+
+def test_two_starts_at_once_do_not_meet(tmp_path):
+    given = settings(tmp_path)
+    with (
+        database(given, Secrets()),
+        pytest.raises(ServerError, match="another `python -m server` is at work in"),
+        database(given, Secrets()),
+    ):
+        raise AssertionError("both start")
+    with database(given, Secrets()) as (address, _):
+        assert address.startswith("sqlite")
+
+
+def test_mlflow_reads_the_address_that_it_was_given(tmp_path):
+    address = "postgresql://me:100%25%40home@db.example/mlflow?host=%C3%9Cbung"
+    (config := ConfigParser()).read_string(auth_config(address))
+    assert config["mlflow"]["database_uri"] == address
+    assert Secrets(database=SecretStr(address)).hidden == ("100%25%40home", "100%@home")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgres://u:hidden@host/x", "foo", "mysql://u:hidden@127.0.0.1/x", "http://127.0.0.1:5601",
+        "postgresql://u:hidden@127.0.0.1:port/x", " postgresql://u:hidden@host/x",
+        "postgresql://u:hid@den/p#w@127.0.0.1:1/x",
+    ],
+)  # fmt: skip
+def test_no_address_is_one_sentence_that_shows_nothing_of_it(monkeypatch, address):
+    monkeypatch.setenv(f"{PREFIX}DATABASE", address)
+    with pytest.raises(ServerError, match=r"DATABASE is no address of a database: write postgresql://NAME") as caught:
+        read_settings()
+    assert "den" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +189,20 @@ def test_a_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
         read_settings()
     monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(tmp_path / "none"))
     with pytest.raises(ServerError, match="is no file"):
+        read_settings()
+
+
+def test_no_line_of_the_file_is_left_out(tmp_path, monkeypatch):
+    (file := tmp_path / "server.env").touch(0o600)
+    monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
+    file.write_text(f"\ufeff{PREFIX}PORT=6001\n{PREFIX}FOLDER=~/data\n")
+    found, _ = read_settings()
+    assert (found.port, found.folder) == (6001, Path.home() / "data")
+    file.write_text(f"{PREFIX}PORT=6001\n{PREFIX}PROFILE: workshop\n")
+    with pytest.raises(ServerError, match="line 2 can't be read: write NAME=value"):
+        read_settings()
+    file.write_bytes(f"{PREFIX}ADMIN_PASSWORD=König".encode("latin-1"))
+    with pytest.raises(ServerError, match="save it as UTF-8"):
         read_settings()
 
 
