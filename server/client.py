@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def call(
-    settings: ServerSettings, secrets: Secrets, method: str, path: str, timeout: float = 20, **options: object
+    settings: ServerSettings, secrets: Secrets | None, method: str, path: str, timeout: float = 20, **options: object
 ) -> requests.Response:
-    """Send one request, at once and without retries; `path` starts with a slash.
+    """Send one request as the administrator, or without secrets as nobody, at once; `path` starts with a slash.
 
     Raises:
         ServerError: nobody answers.
@@ -29,7 +29,7 @@ def call(
         return requests.request(
             method,
             settings.url + path,
-            auth=_login(settings, secrets),
+            auth=_login(settings, secrets) if secrets else None,
             timeout=timeout,
             allow_redirects=False,
             **options,

@@ -20,6 +20,7 @@ from server.settings import Secrets, ServerSettings
 
 SECONDS = 6  # for each request: all checks run at once, and a server that hangs is to be named within 15 s
 NEEDED_GB = 1  # free space, below which a workshop's models may not fit
+SEARCH = "/api/2.0/mlflow/experiments/search"
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 
 
@@ -54,8 +55,7 @@ def _database(settings: ServerSettings, secrets: Secrets) -> str:
 
 
 def _queries(settings: ServerSettings, secrets: Secrets) -> str:
-    path = "/api/2.0/mlflow/experiments/search"
-    answer = call(settings, secrets, "POST", path, SECONDS, json={"max_results": 1})
+    answer = call(settings, secrets, "POST", SEARCH, SECONDS, json={"max_results": 1})
     _expect(answer, 200, f"the server can't query its database: look into {settings.folder / 'server.log'}.")
     return f"an experiment search took {1000 * answer.elapsed.total_seconds():.0f} ms"
 
@@ -89,12 +89,7 @@ def _disk(settings: ServerSettings, secrets: Secrets) -> str:
 
 
 def _accounts(settings: ServerSettings, secrets: Secrets) -> str:
-    try:
-        answer = requests.post(
-            f"{settings.url}/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=SECONDS
-        )
-    except requests.RequestException:
-        raise DemoError(f"no server answers at {settings.url}: start it with `python -m server start`.") from None
+    answer = call(settings, None, "POST", SEARCH, SECONDS, json={"max_results": 1})
     _expect(answer, 401, "the server answers without a password: stop it, and look at its settings.")
     return "nobody gets in without a password"
 

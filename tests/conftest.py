@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tests.tools.processes import mlflow_server
-
 pytest.register_assert_rewrite("tests.notebooks.checks")
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
@@ -86,13 +84,3 @@ def cli(home):
         )
 
     return call
-
-
-@pytest.fixture
-def tracking_server(template, tmp_path):
-    """The address of a real `mlflow server` with a store of its own."""
-    store = tmp_path / "server"
-    store.mkdir()
-    shutil.copy(template / "store" / "mlflow.db", store / "mlflow.db")
-    with mlflow_server(store) as address:
-        yield address
