@@ -23,7 +23,7 @@ bench-server: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_server
 
 lab: $(INSTALLED)
-	$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. notebooks/00_start_here.ipynb
 
 ui: $(INSTALLED)
 	$(BIN)/python -m demo_lib ui
