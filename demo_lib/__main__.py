@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m demo_lib", description="The MLflow demo series.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    commands.add_parser("doctor", help="check this machine and say what to mend").set_defaults(do=_doctor)
+    commands.add_parser("doctor", help="check this machine and say what to fix").set_defaults(do=_doctor)
 
     # No abbreviations: `mlflow run -P epoch=1` appends `--epoch 1`, which must not pass for `--epochs 1`.
     train = commands.add_parser("train", help="train one model, tracked in MLflow", allow_abbrev=False)

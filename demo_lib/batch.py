@@ -30,6 +30,14 @@ LESSONS = ROOT / "notebooks"
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 KERNEL = "python3"
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"
+# A code cell's metadata `alt` is the alternative text of the image that it shows. nbconvert's template `classic` knows
+# it, the better-looking `lab` does not yet.
+PAGE = """{%- extends 'lab/index.html.j2' -%}
+{%- block data_png -%}
+{%- set text = cell.metadata.alt or "A figure" -%}
+{{ super() | replace('<img ', '<img alt="' ~ (text | escape_html) ~ '" ', 1) }}
+{%- endblock data_png -%}
+"""
 INTERRUPT_SECONDS = 10  # how long an interrupted lesson may take to end its runs before its kernel is killed
 
 
@@ -289,11 +297,16 @@ def _interrupting(jobs: Sequence[Job]) -> Iterator[None]:
 
 def _keep(job: Job, partial: Path) -> None:
     """Move a whole executed notebook to its place and write its HTML page beside it."""
+    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     try:
         executed = nbformat.read(partial, as_version=4)
-        page, _ = HTMLExporter(embed_images=True).from_notebook_node(executed)
+        executed, _ = CoalesceStreamsPreprocessor().preprocess(executed, {})  # of a progress bar, its end
+        nbformat.write(executed, partial)
+        exporter = HTMLExporter(embed_images=True, template_file="page", extra_loaders=[DictLoader({"page": PAGE})])
+        page, _ = exporter.from_notebook_node(executed)
         partial.with_suffix(".html").write_text(page, encoding="utf-8")
         for suffix in (".html", ".ipynb"):
             partial.with_suffix(suffix).replace(job.output.with_suffix(suffix))

@@ -26,7 +26,7 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().abs
 
 
 class DemoError(Exception):
-    """Something the user can mend; the message is one sentence that says what is wrong and what to do."""
+    """Something the user can fix; the message is one sentence that says what is wrong and what to do."""
 
     def _render_traceback_(self) -> list[str]:
         """Show only the sentence in a notebook: IPython asks for this method before it prints a traceback."""
@@ -116,8 +116,8 @@ class Config(BaseModel):
 class TrainConfig(Config):
     """One training run. The defaults are the quick ones: seconds on a laptop's CPU."""
 
-    train_images: int = Field(12_000, ge=200, le=60_000, description="images to train and validate on, at most")
-    epochs: int = Field(2, ge=1, le=100, description="passes over the training images")
+    train_images: int = Field(3_000, ge=200, le=60_000, description="images to train and validate on, at most")
+    epochs: int = Field(8, ge=1, le=100, description="passes over the training images")
     batch_size: int = Field(128, ge=8, le=4096, description="images per optimizer step")
     learning_rate: float = Field(0.012, ge=1e-6, le=1.0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's weight decay")

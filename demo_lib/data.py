@@ -155,7 +155,7 @@ def find_data() -> Source:
             elif not _has_all(cache / RAW) and not _fill_from_elsewhere(cache, options.download):
                 _fill(cache / "sample", SAMPLE, SAMPLE_SHA256)
                 return _checked(Source(cache / "sample", SAMPLE_TEXT, SAMPLE_SHA256))
-    return _checked(Source(cache, f"cache {cache}", FULL_SHA256))
+    return _checked(Source(cache, "the cache", FULL_SHA256))
 
 
 def _fill_from_elsewhere(cache: Path, download: bool) -> bool:

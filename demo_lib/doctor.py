@@ -1,4 +1,4 @@
-"""Check that this machine can run the lessons, and say what to mend."""
+"""Check that this machine can run the lessons, and say what to fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.ok else 'MEND'}  {self.name:8}  {self.text}"
+        return f"{'ok  ' if self.ok else 'FIX '}  {self.name:8}  {self.text}"
 
 
 def examine() -> list[Finding]:
@@ -67,13 +67,13 @@ def _packages() -> tuple[bool, str]:
 
 
 def _kernel() -> tuple[bool, str]:
-    mend = "run `python -m ipykernel install --sys-prefix`."
+    fix = "run `python -m ipykernel install --sys-prefix`."
     try:
         python = KernelManager(kernel_name="python3").format_kernel_cmd()[0]
     except NoSuchKernel:
-        return False, f"there is no kernel python3: {mend}"
+        return False, f"there is no kernel python3: {fix}"
     if Path(shutil.which(python) or python).parent.resolve() != Path(sys.executable).parent.resolve():
-        return False, f"python3 runs {python}, not {sys.executable}: {mend}"
+        return False, f"python3 runs {python}, not {sys.executable}: {fix}"
     return True, f"python3 runs {python}"
 
 
@@ -81,7 +81,7 @@ def _data() -> tuple[bool, str]:
     from demo_lib.data import find_data
 
     source = find_data()
-    return True, f"{source.name} from {source.text}"
+    return True, f"{source.name} from {source.text} ({source.root})"
 
 
 def _store() -> tuple[bool, str]:

@@ -1,6 +1,6 @@
 """Matplotlib figures for the lessons; they draw what they are given and ask no store."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 COLORS = color_sequences["petroff8" if "petroff8" in color_sequences else "petroff10"]
 STYLES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "p"]
-LOG_FACTOR = 30  # a parameter that spans more has a logarithmic axis
 
 
 def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figure:
@@ -83,26 +82,27 @@ def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str
     return figure
 
 
-def parallel_coordinates(runs: pd.DataFrame, params: list[str], metric: str) -> Figure:
-    """Draw one line a run across an axis for each parameter, coloured by the metric.
+def parallel_coordinates(runs: pd.DataFrame, params: list[str], metric: str, log: Collection[str] = ()) -> Figure:
+    """Draw one line a run across an axis for each parameter, the darker the higher the metric.
 
-    `runs` has the columns `params.*` and `metrics.*`. Axes are logarithmic for parameters that span more than a
-    factor 30, and list the values of those that are texts. Runs that lack a parameter or the metric are left out.
+    `runs` has the columns `params.*` and `metrics.*`. Axes are logarithmic for the parameters in `log`, and list the
+    values of those that are texts. Runs that lack a parameter or the metric are left out.
 
     Raises:
         ValueError: there is no run to draw, a column is missing, or there are fewer than two parameters.
     """
     complete = _complete(runs, [f"params.{name}" for name in params], f"metrics.{metric}")
+    complete = complete.sort_values(f"metrics.{metric}")  # the best are drawn last, over the others
     figure, axis = _axes(f"{len(complete)} runs by {metric}")
     heights, names = [], []
     for place, name in enumerate(params):
         values = complete[f"params.{name}"]
-        height, ticks, kind = _scale(values)
+        height, ticks = _scale(values, name in log)
         heights.append(height)
-        names.append(name + kind)
+        names.append(f"{name}\n(log scale)" if name in log else name)
         _draw_scale(axis, place, ticks)
     places = np.broadcast_to(np.arange(len(params)), (len(complete), len(params)))
-    lines = LineCollection(np.dstack([places, np.transpose(heights)]), cmap="cividis", alpha=0.8)
+    lines = LineCollection(np.dstack([places, np.transpose(heights)]), cmap="cividis_r", linewidths=2)
     lines.set_array(complete[f"metrics.{metric}"].to_numpy())
     axis.add_collection(lines)
     axis.set(xticks=range(len(params)), xticklabels=names, yticks=[], xlim=(-0.3, len(params) - 0.5), ylim=(-0.1, 1.1))
@@ -169,19 +169,19 @@ def _complete(runs: pd.DataFrame, params: list[str], metric: str) -> pd.DataFram
     return complete
 
 
-def _scale(values: pd.Series) -> tuple[np.ndarray, dict[float, str], str]:
-    """Return heights from 0 to 1, the texts to write at some heights, and what to add to the parameter's name."""
+def _scale(values: pd.Series, log: bool) -> tuple[np.ndarray, dict[float, str]]:
+    """Return heights from 0 to 1, and the texts to write at some heights."""
     if not pd.api.types.is_numeric_dtype(values):
         texts = sorted(values.unique())
         at = dict(zip(texts, np.linspace(0, 1, len(texts)) if len(texts) > 1 else [0.5], strict=True))
-        return values.map(at).to_numpy(float), {height: str(text) for text, height in at.items()}, ""
+        return values.map(at).to_numpy(float), {height: str(text) for text, height in at.items()}
     low, high = values.min(), values.max()
     if low == high:
-        return np.full(len(values), 0.5), {0.5: f"{low:.5g}"}, ""
-    ticks = {0.0: f"{low:.5g}", 1.0: f"{high:.5g}"}
-    if low > 0 and high / low > LOG_FACTOR:
-        return np.log(values / low).to_numpy() / np.log(high / low), ticks, "\n(log scale)"
-    return ((values - low) / (high - low)).to_numpy(), ticks, ""
+        return np.full(len(values), 0.5), {0.5: f"{low:.4g}"}
+    ticks = {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"}
+    if log:
+        return np.log(values / low).to_numpy() / np.log(high / low), ticks
+    return ((values - low) / (high - low)).to_numpy(), ticks
 
 
 def _draw_scale(axis: Axes, place: int, ticks: Mapping[float, str]) -> None:

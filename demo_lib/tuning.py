@@ -17,6 +17,7 @@ from pathlib import Path
 from demo_lib.config import DemoError, TrainConfig, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
 from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
+from demo_lib.plots import parallel_coordinates
 from demo_lib.tracking import (
     batched_metrics,
     connect,
@@ -32,14 +33,16 @@ from demo_lib.training import evaluate, fit
 import matplotlib.pyplot as plt
 import mlflow
 import optuna
+import pandas as pd
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -179,24 +182,50 @@ def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
     study = optuna.create_study(
         storage=opened, study_name=config.study, direction="maximize", pruner=pruner, load_if_exists=True
     )
-    # The same seed again would draw the same trials again.
-    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials), multivariate=True)
+    study.sampler = _sampler(study, config)
     return study
 
 
 def study_figures(study: optuna.Study) -> dict[str, Figure]:
-    """Return Optuna's plots of the study by name; those that need more trials than there are, are left out."""
+    """Return plots of the study by name: its history, its trials by epoch, its hyperparameters and what they matter.
+
+    The study has a completed trial at least; with fewer than four, the plot of the importances is left out. The figures
+    are closed: a notebook shows the one that a cell ends with.
+    """
     draw = optuna.visualization.matplotlib
     plots = {
         "optimization_history": draw.plot_optimization_history,
         "intermediate_values": draw.plot_intermediate_values,
-        "parallel_coordinate": draw.plot_parallel_coordinate,
     }
-    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
+    completed = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len(completed) >= 4:
         plots["param_importances"] = draw.plot_param_importances
-    with plt.rc_context(), warnings.catch_warnings():  # Optuna changes matplotlib's style for all later figures
+    plt.close(plt.figure())  # the first figure makes a notebook show figures; made in rc_context, that would be undone
+    # Optuna changes matplotlib's style for all later figures.
+    with plt.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the plots are experimental, and that an axis has one value only
-        return {name: plot(study).figure for name, plot in plots.items()}
+        figures = {name: plot(study).figure for name, plot in plots.items()}
+    for name in ("optimization_history", "intermediate_values"):  # trials and epochs are whole numbers
+        figures[name].axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(study.trials) > 12:  # a legend that leaves the figure, with colours that can't be told apart
+        figures["intermediate_values"].axes[0].get_legend().remove()
+    rows = [{"params": trial.params, "metrics": {"val_accuracy": trial.value}} for trial in completed]
+    ranges = study.best_trial.distributions
+    log = [name for name, values in ranges.items() if getattr(values, "log", False)]
+    figures["parallel_coordinates"] = parallel_coordinates(pd.json_normalize(rows), [*ranges], "val_accuracy", log)
+    for figure in figures.values():
+        plt.close(figure)
+    return figures
+
+
+def _sampler(study: optuna.Study, config: TuneConfig, worker: int = 0) -> optuna.samplers.TPESampler:
+    """Return a sampler that draws five trials at random and then learns; Optuna's ten would be all of a short study."""
+    return optuna.samplers.TPESampler(
+        n_startup_trials=5,
+        multivariate=True,
+        constant_liar=worker > 0,
+        seed=config.seed + len(study.trials) + 1000 * worker,  # the same seed again would draw the same trials again
+    )
 
 
 def _open_storage(address: str) -> RDBStorage:
@@ -288,7 +317,10 @@ def remaining(study: optuna.Study, config: TuneConfig) -> int:
 def _optimize(study: optuna.Study, config: TuneConfig, data: FashionData, workers: _Workers) -> None:
     """Run rounds until the study has its trials; a round falls short when a worker dies."""
     total = config.trials
-    with tqdm(total=total, initial=total - remaining(study, config), unit="trial", disable=None) as bar:
+    # In a notebook too, as text: a widget is lost where the executed notebook is looked at.
+    shown = sys.stdout.isatty() or "ipykernel" in sys.modules
+    done = total - remaining(study, config)
+    with tqdm(total=total, initial=done, unit="trial", file=sys.stdout, ncols=80, disable=not shown) as bar:
         while (left := remaining(study, config)) > 0:
             if workers.lasting:
                 _settle_running_trials(study)
@@ -349,9 +381,7 @@ def _work(config: TuneConfig, workers: _Workers, count: int, index: int, coordin
     try:
         connect(workers.experiment)
         study = open_study(config, workers.storage)
-        study.sampler = optuna.samplers.TPESampler(
-            seed=config.seed + len(study.trials) + 1000 * (index + 1), multivariate=True, constant_liar=True
-        )
+        study.sampler = _sampler(study, config, worker=index + 1)
         data = load_data(config.train_config())
         # Also between the trials and in `suggest`, outside of the trial's run: the study is a SQLite file, too.
         with signals_between_queries({signal.SIGTERM: KeyboardInterrupt}):
@@ -423,7 +453,6 @@ def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> Non
     mlflow.log_metric("best_val_accuracy", best.value, step=best.number)
     for name, figure in study_figures(study).items():
         mlflow.log_figure(figure, f"study/{name}.png")
-        plt.close(figure)
     if mlflow.get_run(mlflow.active_run().info.run_id).data.tags.get("best_run_id") == run_id:
         return
     # Tags, as parameters can't change and a resumed study may find a better trial.

@@ -78,7 +78,7 @@ def clean_up(settings: ServerSettings, secrets: Secrets, older_than: str, dry_ru
                 _remove(store, found)
     except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
-        raise ServerError(f"not all could be removed ({reason}): mend that and run it again.") from None
+        raise ServerError(f"not all could be removed ({reason}): fix that and run it again.") from None
     finally:
         store._dispose_engine()
     return found

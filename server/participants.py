@@ -242,5 +242,5 @@ def _ask(settings: ServerSettings, secrets: Secrets, method: str, route: str, **
             "first `start`."
         )
     if not answer.ok:
-        raise ServerError(f"{settings.url} refuses {route} ({answer.status_code}: {answer.text[:200]}): mend that.")
+        raise ServerError(f"{settings.url} refuses {route} ({answer.status_code}: {answer.text[:200]}): fix that.")
     return answer.json() if answer.content else {}

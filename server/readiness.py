@@ -63,17 +63,17 @@ def _queries(settings: ServerSettings, secrets: Secrets) -> str:
 def _artifacts(settings: ServerSettings, secrets: Secrets) -> str:
     """Write, read and remove one artifact."""
     name, content = f"check-{uuid.uuid4().hex}.txt", b"written by `python -m server check`"
-    mend = f"the artifacts in {settings.artifact_root} can't be used: correct its place or its permissions."
+    fix = f"the artifacts in {settings.artifact_root} can't be used: correct its place or its permissions."
     path = f"{ARTIFACTS}/{name}"
-    _expect(call(settings, secrets, "PUT", path, SECONDS, data=content), 200, mend)
+    _expect(call(settings, secrets, "PUT", path, SECONDS, data=content), 200, fix)
     try:
         answer = call(settings, secrets, "GET", path, SECONDS)
-        _expect(answer, 200, mend)
+        _expect(answer, 200, fix)
         if answer.content != content:
-            raise DemoError(f"an artifact read back is not what was written: {mend}")
+            raise DemoError(f"an artifact read back is not what was written: {fix}")
     finally:
         removed = call(settings, secrets, "DELETE", path, SECONDS)
-    _expect(removed, 200, mend)
+    _expect(removed, 200, fix)
     return "written, read and removed"
 
 
@@ -94,8 +94,8 @@ def _accounts(settings: ServerSettings, secrets: Secrets) -> str:
     return "nobody gets in without a password"
 
 
-def _expect(answer: requests.Response, status: int, mend: str) -> None:
+def _expect(answer: requests.Response, status: int, fix: str) -> None:
     if answer.status_code in (401, 403) and status == 200:
-        mend = "the administrator's password is not the one that the account has: set the right one."
+        fix = "the administrator's password is not the one that the account has: set the right one."
     if answer.status_code != status:
-        raise DemoError(f"{mend.rstrip('.')} (answer {answer.status_code}).")
+        raise DemoError(f"{fix.rstrip('.')} (answer {answer.status_code}).")

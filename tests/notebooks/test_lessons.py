@@ -14,6 +14,7 @@ import papermill as pm
 import pytest
 
 from tests.notebooks.checks import check_lesson
+from tests.notebooks.pages import check_logged_figures, check_page
 from tests.tools.lessons import defaults
 from tests.tools.processes import scoring_servers, team_servers, wait_until
 
@@ -124,9 +125,11 @@ def test_a_lesson_runs_with_other_parameters_as_the_store_shows_and_again_under_
     executed = run_lesson(name, tmp_path, params_of(name))
     red = [output.text for output in outputs(executed) if output.get("name") == "stderr"]
     assert not red
+    check_page(name, executed)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store/mlflow.db")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     check_lesson(name, params_of(name))
+    check_logged_figures(name)
     run_under_nbval(name, tmp_path)
     runs = mlflow.search_runs(experiment_names=[name], output_format="list")
     assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}

@@ -40,7 +40,7 @@ def test_the_command_exits_with_1_and_names_what_fails(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "server", "check"], env=environment, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1 and "MEND  process" in done.stdout and done.stderr == ""
+    assert done.returncode == 1 and "FIX   process" in done.stdout and done.stderr == ""
 
 
 def test_a_wrong_password_is_named(workshop):

@@ -131,8 +131,8 @@ def test_doctor_is_content_and_says_what_is_wrong(home, call, monkeypatch):
     monkeypatch.setenv("DEMO_DATA_DIR", str(home))
     bad = call("doctor")
     assert bad.returncode == 1
-    assert "MEND  store     no MLflow server answers at http://127.0.0.1:1" in bad.stdout
-    assert "MEND  data" in bad.stdout and "put Fashion-MNIST's four files there" in bad.stdout
+    assert "FIX   store     no MLflow server answers at http://127.0.0.1:1" in bad.stdout
+    assert "FIX   data" in bad.stdout and "put Fashion-MNIST's four files there" in bad.stdout
 
 
 def test_run_reports_and_exits_truthfully(home, cli):

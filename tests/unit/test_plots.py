@@ -112,18 +112,23 @@ RUNS = pd.DataFrame(
 
 
 def test_parallel_coordinates_puts_each_run_on_each_scale():
-    figure = parallel_coordinates(RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy")
+    figure = parallel_coordinates(
+        RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy", ["learning_rate"]
+    )
     axis, bar = figure.axes
     (lines,) = axis.collections
     segments = np.array(lines.get_segments())
     assert segments[:, :, 0].tolist() == [[0, 1, 2, 3]] * 3  # the run without val_accuracy is left out
-    np.testing.assert_allclose(segments[:, :, 1], [[0, 0, 1, 0.5], [0.5, 0.5, 0, 0.5], [1, 1, 1, 0.5]], atol=1e-12)
-    assert lines.get_array().tolist() == [0.7, 0.9, 0.8] and lines.get_cmap().name == "cividis"
+    np.testing.assert_allclose(segments[:, :, 1], [[0, 0, 1, 0.5], [1, 1, 1, 0.5], [0.5, 0.5, 0, 0.5]], atol=1e-12)
+    assert lines.get_array().tolist() == [0.7, 0.8, 0.9] and lines.get_cmap().name == "cividis_r"
     assert bar.get_ylabel() == "val_accuracy" and axis.get_title() == "3 runs by val_accuracy"
 
 
 def test_parallel_coordinates_writes_real_values_at_the_ends():
-    axis = parallel_coordinates(RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy").axes[0]
+    figure = parallel_coordinates(
+        RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy", ["learning_rate"]
+    )
+    axis = figure.axes[0]
     names = [label.get_text() for label in axis.get_xticklabels()]
     assert names == ["learning_rate\n(log scale)", "channels", "flip", "epochs"]
     ends = {(text.get_position()[0], text.get_text().strip(), text.get_va()) for text in axis.texts}

@@ -1,5 +1,6 @@
 """Studies: family trees as the store shows them, every state, interruption, death of a worker, resumption."""
 
+import io
 import os
 import re
 import signal
@@ -14,10 +15,14 @@ from demo_lib.tuning import TuneError, open_study, study_figures, suggest, tune
 
 import matplotlib.pyplot as plt
 import mlflow
+import nbformat
 import optuna
+import papermill as pm
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
+from tests.tools.pictures import is_whole
 from tests.tools.processes import normal_signals
 
 TINY = {"train_images": 300, "epochs": 2, "max_channels": 4, "device": "cpu", "prune": False}
@@ -211,8 +216,59 @@ def test_optunas_plots_leave_the_style_of_others_alone(home):
     before = dict(plt.rcParams)
     study = open_study(config(), "memory")
     study.optimize(lambda trial: suggest(trial, config()).dropout, n_trials=5)
-    assert set(study_figures(study)) >= {"optimization_history", "param_importances"}
-    assert dict(plt.rcParams) == before
+    assert list(study_figures(study)) == [
+        "optimization_history",
+        "intermediate_values",
+        "param_importances",
+        "parallel_coordinates",
+    ]
+    assert dict(plt.rcParams) == before and not plt.get_fignums()
+
+
+@pytest.mark.parametrize("trials", [1, 4, 12, 30])
+def test_the_figures_of_a_study_are_whole_and_count_in_whole_numbers(trials, home):
+    def objective(trial):
+        value = suggest(trial, config()).dropout
+        for epoch in (1, 2, 3):
+            trial.report(value, epoch)
+        return value
+
+    study = open_study(config(), "memory")
+    study.optimize(objective, n_trials=trials)
+    figures = study_figures(study)
+    assert ("param_importances" in figures) == (trials >= 4)
+    for name, figure in figures.items():
+        drawn = io.BytesIO()
+        figure.savefig(drawn)
+        assert is_whole(Image.open(drawn)), name
+    for name in ("optimization_history", "intermediate_values"):
+        figures[name].canvas.draw()
+        labels = [label.get_text().replace("\N{MINUS SIGN}", "-") for label in figures[name].axes[0].get_xticklabels()]
+        assert labels and all(re.fullmatch(r"-?\d+", label) for label in labels), (name, labels)
+    lines = figures["parallel_coordinates"].axes[0].collections[0].get_segments()
+    assert len(lines) == trials
+    assert "learning_rate\n(log scale)" in [
+        label.get_text() for label in figures["parallel_coordinates"].axes[0].get_xticklabels()
+    ]
+
+
+def test_a_studys_figures_drawn_first_in_a_kernel_hide_no_later_figure(tmp_path, home, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND")
+    cells = [
+        "from demo_lib.config import TuneConfig\n"
+        "from demo_lib.tuning import open_study, study_figures, suggest\n"
+        "config = TuneConfig()\n"
+        "study = open_study(config, 'memory')\n"
+        "study.optimize(lambda trial: suggest(trial, config).dropout, n_trials=2)\n"
+        "figures = study_figures(study)",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2]);",
+        "figures['optimization_history']",
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel)
+    nbformat.write(made, tmp_path / "first.ipynb")
+    done = pm.execute_notebook(tmp_path / "first.ipynb", tmp_path / "done.ipynb", progress_bar=False)
+    assert [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in done.cells] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
