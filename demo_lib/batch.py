@@ -34,8 +34,8 @@ CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"
 # it, the better-looking `lab` does not yet.
 PAGE = """{%- extends 'lab/index.html.j2' -%}
 {%- block data_png -%}
-{%- set text = cell.metadata.alt or "A figure" -%}
-{{ super() | replace('<img ', '<img alt="' ~ (text | escape_html) ~ '" ', 1) }}
+{%- set alt = 'alt="' ~ (cell.metadata.alt | escape_html) ~ '" ' if cell.metadata.alt else "" -%}
+{{ super() | replace("<img ", "<img " ~ alt, 1) }}
 {%- endblock data_png -%}
 """
 INTERRUPT_SECONDS = 10  # how long an interrupted lesson may take to end its runs before its kernel is killed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-pytest.register_assert_rewrite("tests.notebooks.checks")
+pytest.register_assert_rewrite("tests.notebooks.checks", "tests.notebooks.pages")
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 

@@ -16,6 +16,7 @@ import mlflow
 import nbformat
 import papermill as pm
 import pytest
+from bs4 import BeautifulSoup
 from mlflow import MlflowClient
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -98,6 +99,22 @@ def test_results_are_tracked_and_a_failure_keeps_the_others(home, notebook, tmp_
     assert "the number is 7" in (tmp_path / "build" / "good.html").read_text()
     report = table(jobs)
     assert "cell [4] failed with ValueError: no such shirt" in report and "raise ValueError('no such shirt')" in report
+
+
+def test_a_page_has_the_cells_words_for_its_figure_and_the_end_of_a_progress_bar(home, notebook, tmp_path):
+    draw = "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);"
+    bar = "import sys\nfrom tqdm import tqdm\nfor _ in tqdm(range(3), file=sys.stdout, mininterval=0): pass"
+    path = notebook("page", "number: int = 1", draw, bar)
+    made = nbformat.read(path, 4)
+    made.cells[1].metadata["alt"] = 'A line from 1 to 2, "rising" & <bold>.'
+    nbformat.write(made, path)
+    jobs = plan([path], {}, tmp_path / "build")
+    batch.run(jobs, progress=False)
+    page = BeautifulSoup(jobs[0].output.with_suffix(".html").read_text(), "html.parser")
+    assert [image["alt"] for image in page.find_all("img")] == [made.cells[1].metadata.alt]
+    (shown,) = nbformat.read(jobs[0].output, 4).cells[-1].outputs
+    assert re.fullmatch(r"100%\|[^\r\n]*3/3[^\r\n]*\n", shown.text)
+    assert shown.text.strip() in page.get_text()
 
 
 def test_a_killed_kernel_fails_and_its_run_does_not_stay_running(home, notebook, tmp_path):
