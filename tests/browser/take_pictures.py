@@ -35,15 +35,18 @@ def show(page: Page, address: str, text: str) -> None:
 
 def in_ui(page: Page) -> None:
     """Take the pictures of the MLflow UI: a run's metrics, a study's nested runs, its trials compared."""
-    show(page, str(ui_link(find("01_track_a_run", "baseline"))), "Model metrics")
+    show(page, str(ui_link(find("01_track_a_run", "rate 0.012"))), "Model metrics")
     page.get_by_text("Model metrics").first.click()
     page.get_by_text("val_loss").first.wait_for()
     save(page, "run_metrics.png")
 
     experiment = connect("02_tune_with_nested_runs")
     page.goto(str(ui_link(experiment)))
-    page.get_by_role("row").filter(has_text="fashion-").get_by_role("button").first.click()
-    page.get_by_text("trial 0").first.wait_for()
+    page.get_by_role("row").filter(has_text="by hand").get_by_role("button").first.click()
+    page.get_by_text("trial 11").first.wait_for()
+    page.get_by_text("Columns").first.click()
+    page.get_by_text("val_accuracy", exact=True).first.click()
+    page.keyboard.press("Escape")
     save(page, "nested_runs.png")
 
     parent = find("03_query_and_plot_runs", "queried")
