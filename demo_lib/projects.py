@@ -1,12 +1,14 @@
-"""The project as MLflow runs it from elsewhere: a git address without a network, and the errors that a child prints."""
+"""The project as MLflow runs it from elsewhere: a git address without a network, and what child processes print."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 from demo_lib.config import ROOT, DemoError
 
@@ -37,15 +39,34 @@ def publish(folder: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def errors_as_output() -> Iterator[None]:
-    """Send what child processes write to standard error to standard output: a notebook shows it there, not in red."""
-    before = os.dup(2)
-    os.dup2(1, 2)
+def live_output() -> Iterator[None]:
+    """Print what child processes write, errors too, a line at a time as it comes: a notebook shows none of it in red.
+
+    A terminal does so by itself, and nothing changes there. The block ends when the last child has closed its output.
+    """
+    if sys.stdout is sys.__stdout__:
+        yield
+        return
+    end, start = os.pipe()
+    before = {number: os.dup(number) for number in (1, 2)}  # children write to these numbers, not to sys.stdout
+    for number in before:
+        os.dup2(start, number)
+    os.close(start)
+    printer = Thread(target=_print_lines, args=(end,))
+    printer.start()
     try:
         yield
     finally:
-        os.dup2(before, 2)
-        os.close(before)
+        for number, kept in before.items():
+            os.dup2(kept, number)
+            os.close(kept)
+        printer.join()
+
+
+def _print_lines(descriptor: int) -> None:
+    with open(descriptor, errors="replace") as lines:
+        for line in lines:
+            print(line, end="")
 
 
 def _git(*arguments: str | Path) -> str:

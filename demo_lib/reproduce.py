@@ -1,10 +1,11 @@
-"""Train a recorded run again: say what differs here, and whether every metric comes out the same."""
+"""Two runs compared: a recorded one and its training made again, or a run and its copy in another store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from demo_lib.config import ConfigError, DemoError, TrainConfig
 from demo_lib.data import find_data
@@ -14,7 +15,7 @@ from demo_lib.training import pick_device
 
 import pandas as pd
 import torch
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run
 from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
@@ -28,6 +29,7 @@ LABELS = {
 }
 METRICS = {"train_loss", "learning_rate", "val_loss", "val_accuracy", "test_loss", "test_accuracy"}  # of a training
 POINT = ["step", "metric", "nth"]
+Contents = tuple[Run, list[Metric], Path]
 
 
 class ReproduceError(DemoError):
@@ -112,6 +114,31 @@ def compare(original: Run, again: Run) -> Reproduction:
     return Reproduction(again, len(points), metrics, sorted(mine - names), difference)
 
 
+def arrived(before: Contents, after: Contents) -> pd.DataFrame:
+    """Count the things of each kind that the first run has, and those of them that the second has just as they were.
+
+    Each run comes with its metric values and the folder of its files. Returns one row a kind, with the columns `before`
+    and `arrived`.
+    """
+    first, second = _things(*before), _things(*after)
+    counts = {kind: (len(things), len(things & second[kind])) for kind, things in first.items()}
+    return pd.DataFrame.from_dict(counts, "index", columns=["before", "arrived"])
+
+
+def _things(run: Run, points: list[Metric], folder: Path) -> dict[str, set]:
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {
+        "run id": {run.info.run_id},
+        "start and end": {("start", run.info.start_time), ("end", run.info.end_time)},
+        "parameters": set(run.data.params.items()),
+        "metric values": {(point.key, point.step, point.timestamp, point.value) for point in points},
+        "tags": set(run.data.tags.items()),
+        "datasets": {(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs},
+        "files": {(path.relative_to(folder), path.read_bytes()) for path in files},
+        "models": {each.model_id for each in run.outputs.model_outputs} if run.outputs else set(),
+    }
+
+
 def _in_common(run: Run, names: set[str]) -> list[str]:
     """Return those of the metrics that the run has, in order."""
     metrics = sorted(name for name in run.data.metrics.keys() & names if not name.startswith("system/"))
@@ -130,9 +157,11 @@ def _points(run: Run, metrics: list[str]) -> pd.DataFrame:
 
 
 def _text(point: pd.Series) -> str:
-    then = "none" if point.found == "right_only" else repr(float(point.value_then))
-    now = "none" if point.found == "left_only" else repr(float(point.value_now))
-    return f"{point.metric} at step {point.step}: {then} then, {now} now"
+    then = "none" if point.found == "right_only" else f"{point.value_then:.6g}"
+    now = "none" if point.found == "left_only" else f"{point.value_now:.6g}"
+    off = abs(point.value_now - point.value_then)  # a difference in the last bits is in no digit above
+    text = f"{point.metric} at step {point.step}: {then} then, {now} now"
+    return text if pd.isna(off) else f"{text}, {off:.1g} apart"
 
 
 def _on_its_device(original: Run) -> TrainConfig:

@@ -19,8 +19,8 @@ SHOWN = {
     "04_package_a_model": (1, 5, 1),
     "05_register_and_promote": (0, 2, 1),
     "06_serve_a_model": (1, 3, 1),
-    "07_run_a_project": (0, 1, 2),
-    "08_share_a_server": (0, 2, 1),
+    "07_run_a_project": (0, 2, 2),
+    "08_share_a_server": (0, 3, 1),
 }
 # Lessons whose runs have pictures.
 PICTURED = {
@@ -35,6 +35,7 @@ SUBJECTS = (
     "examine()",
     "get_tracking_uri()",
     "best_logged.model_uri)\n",  # lesson 01: a model's address
+    "live_output()",  # lesson 07: what a command prints, with the id that `reproduce` takes
     "again.yaml",  # lesson 03: every digit of a learning rate
 )
 DRAWS = re.compile(

@@ -4,7 +4,7 @@ import sqlite3
 
 from demo_lib.__main__ import main
 from demo_lib.config import TrainConfig, TuneConfig
-from demo_lib.reproduce import METRICS, ReproduceError, _cpu_threads, compare, differences, reproduce
+from demo_lib.reproduce import METRICS, ReproduceError, _cpu_threads, arrived, compare, differences, reproduce
 from demo_lib.tracking import connect, train
 from demo_lib.tuning import tune
 
@@ -73,7 +73,8 @@ def test_an_altered_metric_is_named_with_its_step_and_exit_code_1(home, capsys):
     value = next(point.value for point in history if point.step == 4)
     assert main(["reproduce", original.info.run_id]) == 1
     said = capsys.readouterr().out
-    assert "NOT the same: 1 of " in said and f"first train_loss at step 4: {value!r} then, " in said
+    assert "NOT the same: 1 of " in said
+    assert f"first train_loss at step 4: {value:.6g} then, {value - 1e-3:.6g} now, 0.001 apart" in said
 
 
 @pytest.mark.parametrize("tag", [None, "0", "-1", "many", "9999"])
@@ -153,10 +154,11 @@ def test_a_device_that_is_not_here_is_named_and_another_taken(home):
     [
         ({"a": {1: 1.0, 2: 2.0}}, {"a": {1: 1.0, 2: 2.0}}, "FINISHED", None),
         ({"a": {1: float("nan")}}, {"a": {1: float("nan")}}, "FINISHED", None),
-        ({"a": {1: float("nan")}}, {"a": {1: 1.0}}, "FINISHED", "a at step 1: nan then, 1.0 now"),
+        ({"a": {1: float("nan")}}, {"a": {1: 1.0}}, "FINISHED", "a at step 1: nan then, 1 now"),
         ({"a": {1: 1.0, 3: 2.0}, "b": {2: 1.0}}, {"a": {1: 1.0, 3: 9.0}, "b": {2: 9.0}}, "FINISHED", "b at step 2"),
-        ({"a": {1: 1.0, 2: 2.0}}, {"a": {1: 1.0}}, "FINISHED", "a at step 2: 2.0 then, none now"),
-        ({"a": {1: 1.0}}, {"a": {1: 1.0, 2: 2.0}}, "FINISHED", "a at step 2: none then, 2.0 now"),
+        ({"a": {1: 0.1}}, {"a": {1: 0.1 + 2**-56}}, "FINISHED", "a at step 1: 0.1 then, 0.1 now, 1e-17 apart"),
+        ({"a": {1: 1.0, 2: 2.0}}, {"a": {1: 1.0}}, "FINISHED", "a at step 2: 2 then, none now"),
+        ({"a": {1: 1.0}}, {"a": {1: 1.0, 2: 2.0}}, "FINISHED", "a at step 2: none then, 2 now"),
         ({"a": {1: 1.0}}, {"a": {1: 1.0, 2: 2.0}}, "KILLED", None),
         ({"a": {1: 1.0}, "fit_seconds": {1: 3.0}}, {"a": {1: 1.0}, "fit_seconds": {1: 4.0}}, "FINISHED", None),
         ({"a": {1: 1.0}, "system/cpu": {1: 3.0}}, {"a": {1: 1.0}, "system/cpu": {1: 4.0}}, "FINISHED", None),
@@ -177,3 +179,20 @@ def test_metrics_that_a_training_does_not_log_are_left_out_and_named(home):
     assert str(compare(mine, logged({"a": {1: 1.0}}))).endswith("not compared: purity")
     with pytest.raises(ReproduceError, match=r"none of the metrics of a training \(b\)"):
         compare(mine, logged({"b": {1: 1.0}}))
+
+
+def test_what_arrives_of_a_run_is_counted_by_kind(home, tmp_path):
+    connect("copies")
+    folders = [tmp_path / "then", tmp_path / "now"]
+    for folder, text in zip(folders, ("one", "other"), strict=True):
+        folder.mkdir()
+        (folder / "same.txt").write_text("same")
+        (folder / "file.txt").write_text(text)
+    mine, other = logged({"a": {1: 1.0, 2: 2.0}}, kind="a"), logged({"a": {1: 1.0}}, kind="a", new="b")
+    points = MlflowClient().get_metric_history(mine.info.run_id, "a")
+    whole = arrived((mine, points, folders[0]), (mine, points, folders[0]))
+    assert (whole.before == whole.arrived).all() and (whole.before["run id"], whole.before["metric values"]) == (1, 2)
+    table = arrived((mine, points, folders[0]), (other, points[:1], folders[1]))
+    assert table.loc["run id"].tolist() == [1, 0] and table.loc["metric values"].tolist() == [2, 1]
+    assert table.loc["files"].tolist() == [2, 1] and table.loc["models"].tolist() == [0, 0]
+    assert table.before["tags"] > table.arrived["tags"] >= 1  # each run has a name of its own
