@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,16 @@ def is_of_the_store(error: Exception) -> bool:
     return isinstance(error, requests.RequestException)
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of the error's text, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def reason(error: Exception | str) -> str:
+    """Return why MLflow or a model refused: whole sentences or words of the error's first line, 200 characters at most.
+
+    `error` is an error or its message. MLflow repeats the data before it comes to the point: that is left out. An error
+    without a text gives its kind.
+    """
+    text = str(error).strip() or type(error).__name__
+    line = text.rpartition("]'. Error: ")[2].splitlines()[0]  # before it are the data and the schema
+    sentences = line[:200].rpartition(". ")[0]
+    return f"{sentences}." if sentences and len(line) > 200 else textwrap.shorten(line, 200, placeholder=" ...")
 
 
 def _try(network_uri: str) -> None:
@@ -95,7 +103,7 @@ def _try(network_uri: str) -> None:
             with torch.inference_mode():
                 found = tuple(network(torch.zeros(count, 1, 28, 28)).shape)
         except Exception as error:  # the network's own code may raise anything
-            found = first_line(error)
+            found = reason(error)
         if found != (count, len(CLASSES)):
             raise PackageError(
                 f"the network at {network_uri!r} does not return {len(CLASSES)} logits for each of {count} images of "

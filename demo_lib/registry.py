@@ -12,7 +12,7 @@ from typing import Literal
 
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import CLASSES, Split, load_data
-from demo_lib.packaging import MISSING, first_line, is_of_the_store, log_classifier, raw_images
+from demo_lib.packaging import MISSING, is_of_the_store, log_classifier, raw_images, reason
 from demo_lib.tracking import open_store, train
 
 import mlflow
@@ -33,7 +33,8 @@ class RegistryError(DemoError):
 class Decision:
     """What became of a version at the gate; accuracies are shares of the `images` that both models were shown.
 
-    `overtaken` means that somebody else's version became the champion in the same moment.
+    `left_out` counts the other validation images, on which one of the two was trained. `overtaken` means that somebody
+    else's version became the champion in the same moment.
     """
 
     version: str
@@ -43,6 +44,7 @@ class Decision:
     champion_version: str | None = None
     champion_accuracy: float | None = None
     images: int = 0
+    left_out: int = 0
     images_digest: str | None = None
 
     def __str__(self) -> str:
@@ -101,8 +103,8 @@ def promote(model_name: str, version: int | str, min_gain: float = 0.005) -> Dec
     if decision.decision == "promoted":
         _move(champion, candidate)
         if (now := _number(find_champion(model_name))) != decision.version:
-            reason = f"version {now} became the champion in the same moment"
-            decision = replace(decision, decision="overtaken", reason=reason)
+            why = f"version {now} became the champion in the same moment"
+            decision = replace(decision, decision="overtaken", reason=why)
             _record(candidate, decision)
     return decision
 
@@ -154,22 +156,24 @@ def _judge(candidate: ModelVersion, champion: ModelVersion | None, min_gain: flo
     number, against = _number(candidate), _number(champion)
     if number == against:
         return Decision(number, "unchanged", "it is the champion already")
-    split = _unseen([candidate, champion] if champion else [candidate])
+    split, left_out = _unseen([candidate, champion] if champion else [candidate])
     accuracy, former = _accuracy(candidate, split), champion and _accuracy(champion, split)
     share = f"it is right on {accuracy:.1%} of {len(split):,} images"
-    if why := candidate.tags.get(ROLLED_BACK):
-        decision, reason = "refused", f"it was rolled back ({why})"
+    if blame := candidate.tags.get(ROLLED_BACK):
+        decision, why = "refused", f"it was rolled back ({blame})"
     elif champion is None:
-        decision, reason = "promoted", f"{share}, and there was no champion"
+        decision, why = "promoted", f"{share}, and there was no champion"
     else:
         passes = round(accuracy - former - min_gain, 9) >= 0  # 0.85 - 0.84 is a little more than 0.01
         decision = "promoted" if passes else "refused"
-        reason = f"{share}, version {against} on {former:.1%}, and the gate asks for {100 * min_gain:g} points more"
-    return Decision(number, decision, reason, accuracy, against, former, len(split), _digest(split))
+        why = f"{share}, version {against} on {former:.1%}, and the gate asks for {100 * min_gain:g} points more"
+    return Decision(number, decision, why, accuracy, against, former, len(split), left_out, _digest(split))
 
 
-def _unseen(versions: list[ModelVersion]) -> Split:
-    """Return the validation images of the version with most training images, without those others were trained on.
+def _unseen(versions: list[ModelVersion]) -> tuple[Split, int]:
+    """Return the validation images of the version with most training images that no other was trained on.
+
+    The number beside them says how many were left out.
 
     Each configuration has a split of its own, and the validation images of one are training images of another.
     """
@@ -185,7 +189,7 @@ def _unseen(versions: list[ModelVersion]) -> Split:
             )
     seen = {image.tobytes() for config in others for image in load_data(config).train.images.numpy()}
     keep = [place for place, image in enumerate(data.validation.images.numpy()) if image.tobytes() not in seen]
-    return Split(data.validation.images[keep], data.validation.labels[keep])
+    return Split(data.validation.images[keep], data.validation.labels[keep]), len(data.validation) - len(keep)
 
 
 def _training_run(version: ModelVersion) -> Run:
@@ -208,7 +212,7 @@ def _accuracy(version: ModelVersion, split: Split) -> float:
             raise
         raise RegistryError(
             f"version {version.version} of {version.name!r} can't be loaded or is no classifier of raw images "
-            f"({first_line(error)}): register a model that `packaging.log_classifier` made."
+            f"({reason(error)}): register a model that `packaging.log_classifier` made."
         ) from None
 
 

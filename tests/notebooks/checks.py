@@ -34,8 +34,10 @@ def load_table(run, name):
 
 
 def check_lesson_00(params):
-    (run,) = mlflow.search_runs(experiment_names=["00_start_here"], output_format="list")
-    assert run.info.status == "FINISHED" and run.info.run_name == "first"
+    found = mlflow.search_runs(experiment_names=["00_start_here"], output_format="list")
+    assert [run.info.status for run in found] == ["FINISHED", "FINISHED"]
+    left_open, run = found
+    assert run.info.run_name == f"{params['train_images']} images" and not left_open.data.params
     assert int(run.data.params["train_images"]) == params["train_images"]
     assert 60 < run.data.metrics["mean_pixel"] < 85
 
@@ -45,8 +47,9 @@ def check_lesson_01(params):
     runs = {
         run.info.run_name: run for run in mlflow.search_runs(experiment_names=["01_track_a_run"], output_format="list")
     }
-    assert set(runs) == {"baseline", "doomed"}
-    run, doomed = runs["baseline"], runs["doomed"]
+    name = f"rate {params['learning_rate']:g}"
+    assert set(runs) == {name, "doomed"}
+    run, doomed = runs[name], runs["doomed"]
     assert doomed.info.status == "FAILED" and doomed.data.tags["error"].startswith("ValueError: the loss")
     assert run.info.status == "FINISHED"
     assert TrainConfig.from_params(run.data.params) == TrainConfig(**params)
@@ -96,13 +99,13 @@ def check_lesson_02(params):
     assert winner.data.params["learning_rate"] == parent.data.tags["best_learning_rate"]
     assert all(int(run.data.params["channels"]) <= params["max_channels"] for run in children)
     plots = {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "study")}
-    assert {"study/optimization_history.png", "study/parallel_coordinate.png"} <= plots
+    assert {"study/optimization_history.png", "study/parallel_coordinates.png"} <= plots
     assert len(tree["parallel, right"][1]) == 6 and not tree["parallel, wrong"][1]
     assert len([name for name in tree if name.startswith("toy ")]) >= 1
     (name,) = [name for name in tree if name.startswith(f"{params['study']}-")]
     resumed, trials = tree[name]
-    done = [run for run in trials if run.data.tags["trial_state"] in ("COMPLETE", "PRUNED")]
-    assert resumed.info.status == "FINISHED" and len(done) == 4
+    assert {run.data.tags["trial_state"] for run in trials} <= {"COMPLETE", "PRUNED"}
+    assert resumed.info.status == "FINISHED" and len(trials) == 3
     assert not [run for _, (top, below) in tree.items() for run in (top, *below) if run.info.status == "RUNNING"]
 
 
@@ -115,14 +118,14 @@ def check_lesson_03(params):
     plotted = [run for run in children if "loss_curve.png" in {file.path for file in files[run.info.run_id]}]
     assert len(plotted) == 1
     assert plotted[0].data.metrics["val_accuracy"] == best.data.metrics["val_accuracy"]
-    found = mlflow.search_runs(experiment_names=["01_track_a_run"], output_format="list")
-    baseline = next(run for run in found if run.info.run_name == "baseline")  # the newest
-    assert TrainConfig.from_params(baseline.data.params) == TrainConfig.from_params(plotted[0].data.params)
+    (again,) = [run for run, _ in tree.values() if "repeats" in run.data.tags]
+    assert again.data.tags["repeats"] == plotted[0].info.run_id
+    assert TrainConfig.from_params(again.data.params) == TrainConfig.from_params(plotted[0].data.params)
     client = MlflowClient()
     for metric in ("train_loss", "val_loss"):
         first, second = (
             [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
-            for run in (plotted[0], baseline)
+            for run in (plotted[0], again)
         )
         assert first == second
 
@@ -135,7 +138,7 @@ def check_lesson_04(params):
     found = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
     models = {model.name: model for model in found}
     epochs = [f"epoch-{epoch}" for epoch in range(1, params["epochs"] + 1)]
-    assert set(models) == {*epochs, "named", "inferred", "frozen", "classifier"}
+    assert set(models) == {*epochs, "frozen", "classifier"}
     assert {model.status for model in found} == {"READY"}
     for name in epochs:
         assert {metric.key for metric in models[name].metrics} == {"val_loss", "val_accuracy"}
@@ -184,10 +187,16 @@ def check_lesson_05(params):
     assert (tags["decision"], tags["champion_version"], tags["purpose"]) == ("promoted", str(former.version), "lesson")
     assert "rolled_back" not in tags
     assert float(tags["accuracy"]) >= float(tags["champion_accuracy"]) + params["min_gain"]
-    split = load_data(TrainConfig.from_params(mlflow.get_run(champion.run_id).data.params)).validation
-    labels = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(raw_images(split))["label"]
-    assert float(tags["accuracy"]) == (labels == [CLASSES[label] for label in split.labels]).mean()
-    assert int(tags["images"]) == len(split)
+    # The former was the champion, and as many images made it: the gate took those that it was validated on.
+    new, old = (
+        load_data(TrainConfig.from_params(mlflow.get_run(made[each, size]).data.params)) for each in (epochs, 1)
+    )
+    seen = {image.tobytes() for image in new.train.images.numpy()}
+    keep = [place for place, image in enumerate(raw_images(old.validation)) if image.tobytes() not in seen]
+    labels = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(raw_images(old.validation)[keep])["label"]
+    assert float(tags["accuracy"]) == (labels == [CLASSES[label] for label in old.validation.labels[keep]]).mean()
+    assert (int(tags["images"]), int(tags["left_out"])) == (len(keep), len(old.validation) - len(keep))
+    assert int(tags["left_out"]) > 0
     deleted = [
         model
         for model in mlflow.search_logged_models([runs[0].info.experiment_id], output_format="list")
@@ -232,11 +241,9 @@ def check_lesson_07(params):
     runs = mlflow.search_runs(experiment_names=["07_run_a_project"], output_format="list")
     (changed,), (committed,) = ([run for run in runs if run.info.run_name == name] for name in ("changed", "committed"))
     (again,) = [run for run in runs if "reproduces" in run.data.tags]
-    failed = [run.data.params for run in runs if run.info.status == "FAILED"]
-    assert len(runs) == 5 and sorted((each["epochs"], each.get("epoch")) for each in failed) == [
-        ("0", None),
-        ("2", "1"),
-    ]
+    failed = {run.info.run_name: run.data.params for run in runs if run.info.status == "FAILED"}
+    assert len(runs) == 5 and failed.keys() == {"epochs = 0", "epoch = 1"}
+    assert failed["epochs = 0"]["epochs"] == "0" and failed["epoch = 1"]["epoch"] == "1"
     for run in (changed, committed, again):
         assert run.info.status == "FINISHED"
         assert TrainConfig.from_params(run.data.params).model_copy(update={"device": "auto"}) == TrainConfig(**params)
@@ -253,23 +260,19 @@ def check_lesson_07(params):
 
 
 def check_lesson_08(params):
-    found = mlflow.search_runs(experiment_names=["08_share_a_server"], output_format="list")
-    assert {run.info.status for run in found} == {"FINISHED"} and len(found) == 2
-    (run,) = [run for run in found if run.info.run_name == "findings"]
-    (local,) = [each for each in found if each is not run]
-    assert TrainConfig.from_params(local.data.params).train_images == params["train_images"]
-    metrics = run.data.metrics
-    assert metrics["values_on_server"] == params["steps"] == int(run.data.params["steps"])
-    assert metrics["slowest_call_seconds"] > 1, "the server was never away"
-    assert metrics["checks_passed"] == metrics["checks"] > 4
+    (run,) = mlflow.search_runs(experiment_names=["08_share_a_server"], output_format="list")
+    assert run.info.status == "FINISHED"
+    assert TrainConfig.from_params(run.data.params).train_images == params["train_images"]
     said = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/findings.json")
-    assert said["moved"] == dict.fromkeys(("parameters", "metrics", "tags", "times", "data", "files"), True)
-    assert said["restored"] == dict.fromkeys(("run", "steps", "file"), True)
-    answers = {(each["experiment"], each["Ana"]): each["answer"] for each in said["permissions"]}
-    assert {at for at, answer in answers.items() if answer == "allowed"} == {
-        ("ben/work", "read"),
-        ("both/work", "read"),
-        ("both/work", "change"),
+    assert said["steps"] == params["steps"]
+    assert said["slowest"] > 1, "the server was never away"
+    assert all(said["checks"].values()) and len(said["checks"]) > 4
+    assert said["answers"] == {
+        "ben/work": {"read": "allowed", "change": 403, "delete": 403},
+        "both/work": {"read": "allowed", "change": "allowed", "delete": 403},
     }
-    assert {answer for answer in answers.values() if answer != "allowed"} == {"403 'Permission denied'"}
+    lost = {kind for kind, count in said["moved"].items() if count["arrived"] < count["before"]}
+    assert lost == {"run id", "models"} and said["moved"]["metric values"]["arrived"] > 4
+    assert all(count["arrived"] == count["before"] for count in said["restored"].values())
+    assert said["restored"]["files"]["arrived"] >= 1
     assert not team_servers(os.environ["DEMO_HOME"])

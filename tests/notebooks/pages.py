@@ -16,7 +16,7 @@ SHOWN = {
     "01_track_a_run": (3, 3, 1),
     "02_tune_with_nested_runs": (4, 2, 2),
     "03_query_and_plot_runs": (4, 7, 1),
-    "04_package_a_model": (1, 5, 1),
+    "04_package_a_model": (1, 3, 1),
     "05_register_and_promote": (0, 2, 1),
     "06_serve_a_model": (1, 3, 1),
     "07_run_a_project": (0, 2, 2),

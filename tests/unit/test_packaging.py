@@ -6,7 +6,7 @@ import sys
 from demo_lib.config import TrainConfig
 from demo_lib.data import CLASSES, load_data
 from demo_lib.model import build_model
-from demo_lib.packaging import PackageError, log_classifier, raw_images
+from demo_lib.packaging import PackageError, log_classifier, raw_images, reason
 from demo_lib.tracking import connect, log_model
 from demo_lib.training import predict
 
@@ -116,3 +116,23 @@ def test_the_classifier_loads_without_pickle_and_without_the_library(network, mo
     address = log_classifier(network[1]).model_uri
     done = subprocess.run([sys.executable, "-c", ALONE, address], capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == "(3, 11)", done.stderr
+
+
+def test_the_reason_is_what_follows_the_data_that_mlflow_repeats(network):
+    with pytest.raises(mlflow.MlflowException) as refused:
+        mlflow.pyfunc.load_model(network[1]).predict(np.zeros((2, 28, 28), np.float32))
+    assert reason(refused.value) == "Shape of input (2, 28, 28) does not match expected shape (-1, 1, 28, 28)."
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError(), "ValueError"),
+        (RuntimeError("two\nlines"), "two"),
+        ("Invalid input. Error: 'at char 0'\nInput: b'x'", "Invalid input. Error: 'at char 0'"),
+        ("word " * 100, ("word " * 39).strip() + " ..."),
+        ("It is closed. " + "word " * 100, "It is closed."),
+    ],
+)
+def test_the_reason_is_one_line_that_ends_with_a_sentence_or_a_word(error, text):
+    assert reason(error) == text

@@ -70,7 +70,7 @@ def test_the_first_champion_needs_no_gain_and_is_right_as_often_as_its_run_says(
     assert (decision.decision, decision.champion_version) == ("promoted", None)
     history = MlflowClient().get_metric_history(trained[1]["good"].run_id, "val_accuracy")
     assert decision.accuracy == pytest.approx(max(point.value for point in history), abs=1e-6)
-    assert decision.images == 2_000 // 12
+    assert (decision.images, decision.left_out) == (2_000 // 12, 0)
     assert aliases() == {"champion": versions.good}
     assert tags(versions.good)["champion_version"] == ""
 
@@ -97,6 +97,7 @@ def test_a_worse_version_is_refused_and_the_reasons_are_on_it(versions):
     assert float(recorded["champion_accuracy"]) == decision.champion_accuracy
     assert recorded["champion_version"] == versions.good
     assert (recorded["images"], recorded["images_digest"]) == (str(decision.images), decision.images_digest)
+    assert recorded["left_out"] == str(decision.left_out)
     assert datetime.now(UTC) - datetime.fromisoformat(recorded["decided_at"]) < timedelta(minutes=5)
     assert tags(versions.good) == {}
 
@@ -135,8 +136,8 @@ def test_the_gate_shows_no_image_that_one_of_the_models_was_trained_on(home):
     connect("gate")
     smaller, seen_by_smaller = version_of_a_run(TrainConfig(train_images=4_000, seed=0), 1)
     larger, seen_by_larger = version_of_a_run(TrainConfig(train_images=6_000, seed=1), 2)
-    split = registry._unseen([smaller, larger])
-    assert 100 < len(split.images) == len(split.labels) < 6_000 // 12
+    split, left_out = registry._unseen([smaller, larger])
+    assert 100 < len(split.images) == len(split.labels) == 6_000 // 12 - left_out < 6_000 // 12
     assert not content(split) & (seen_by_smaller | seen_by_larger)
 
 
