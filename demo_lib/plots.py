@@ -85,6 +85,7 @@ def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str
 def parallel_coordinates(runs: pd.DataFrame, params: list[str], metric: str, log: Collection[str] = ()) -> Figure:
     """Draw one line a run across an axis for each parameter, the darker the higher the metric.
 
+    The lower half of the runs is all in the lightest colour: one very bad run would make the others look alike.
     `runs` has the columns `params.*` and `metrics.*`. Axes are logarithmic for the parameters in `log`, and list the
     values of those that are texts. Runs that lack a parameter or the metric are left out.
 
@@ -103,12 +104,14 @@ def parallel_coordinates(runs: pd.DataFrame, params: list[str], metric: str, log
         _draw_scale(axis, place, ticks)
     places = np.broadcast_to(np.arange(len(params)), (len(complete), len(params)))
     lines = LineCollection(np.dstack([places, np.transpose(heights)]), cmap="cividis_r", linewidths=2)
-    lines.set_array(complete[f"metrics.{metric}"].to_numpy())
+    values = complete[f"metrics.{metric}"]
+    lines.set_array(values.to_numpy())
+    lines.set_clim(values.median(), values.max())
     axis.add_collection(lines)
     axis.set(xticks=range(len(params)), xticklabels=names, yticks=[], xlim=(-0.3, len(params) - 0.5), ylim=(-0.1, 1.1))
     axis.tick_params(bottom=False, pad=10)
     axis.spines[:].set_visible(False)
-    figure.colorbar(lines, ax=axis, label=metric)
+    figure.colorbar(lines, ax=axis, label=metric, extend="min")
     return figure
 
 

@@ -34,6 +34,7 @@ PICTURED = {
 SUBJECTS = (
     "examine()",
     "get_tracking_uri()",
+    "pd.Series(tags",  # lesson 01: the tags of a run
     "best_logged.model_uri)\n",  # lesson 01: a model's address
     "live_output()",  # lesson 07: what a command prints, with the id that `reproduce` takes
     "again.yaml",  # lesson 03: every digit of a learning rate
