@@ -138,7 +138,7 @@ def check_lesson_04(params):
     found = mlflow.search_logged_models([run.info.experiment_id], output_format="list")
     models = {model.name: model for model in found}
     epochs = [f"epoch-{epoch}" for epoch in range(1, params["epochs"] + 1)]
-    assert set(models) == {*epochs, "frozen", "classifier"}
+    assert set(models) == {*epochs, "classifier"}
     assert {model.status for model in found} == {"READY"}
     for name in epochs:
         assert {metric.key for metric in models[name].metrics} == {"val_loss", "val_accuracy"}

@@ -18,7 +18,7 @@ SHOWN = {
     "03_query_and_plot_runs": (4, 7, 1),
     "04_package_a_model": (1, 3, 1),
     "05_register_and_promote": (0, 2, 1),
-    "06_serve_a_model": (1, 3, 1),
+    "06_serve_a_model": (1, 4, 1),
     "07_run_a_project": (0, 2, 2),
     "08_share_a_server": (0, 3, 1),
 }
