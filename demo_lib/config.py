@@ -40,7 +40,7 @@ class ConfigError(DemoError):
 class Settings(BaseSettings):
     """Where this machine keeps things, from `DEMO_*` environment variables; never part of a run's configuration."""
 
-    model_config = SettingsConfigDict(env_prefix="DEMO_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="DEMO_", env_ignore_empty=True, frozen=True)
 
     home: AbsolutePath = Field(ROOT, description="folder that holds store/, data/ and build/")
     data_dir: AbsolutePath | None = Field(None, description="folder with the four Fashion-MNIST files, looked in first")

@@ -122,13 +122,11 @@ def call_times(timings: pd.DataFrame) -> Figure:
     """
     titles = {"milliseconds": "median milliseconds of a call", "images_per_second": "images per second"}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    figure.set_facecolor("white")
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         for number, (way, line) in enumerate(timings.groupby("way", sort=False)):
             style = STYLES[number % len(STYLES)] + MARKERS[number % len(MARKERS)]
             axis.plot(line["images"], line[column], style, color=COLORS[number % len(COLORS)], label=way)
         axis.set(xscale="log", yscale="log", xlabel="images in a call", title=title)
-        axis.set_facecolor("white")
         axis.set_xticks(timings["images"].unique(), timings["images"].unique())
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:,g}")
@@ -139,8 +137,6 @@ def call_times(timings: pd.DataFrame) -> Figure:
 
 def _axes(title: str) -> tuple[Figure, Axes]:
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    figure.set_facecolor("white")  # opaque, so that it can be read on a dark page too
-    axis.set_facecolor("white")
     axis.set_title(title)
     return figure, axis
 

@@ -34,7 +34,7 @@ def publish(folder: Path) -> tuple[str, str]:
         _git("init", "--quiet", "--bare", bare)
         there = (f"--git-dir={bare}", f"--work-tree={ROOT}", "-c", "user.name=demo", "-c", "user.email=demo@localhost")
         _git(*there, "add", "--all")
-        _git(*there, "commit", "--quiet", "--message=The project as it was found")
+        _git(*there, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--message=The project as it was found")
     return bare.with_suffix("").as_uri(), _git(f"--git-dir={bare}", "rev-parse", "HEAD")
 
 
@@ -75,5 +75,6 @@ def _git(*arguments: str | Path) -> str:
     except FileNotFoundError:
         raise ProjectError("git is not installed: install it and restart the kernel.") from None
     except subprocess.CalledProcessError as error:
-        raise ProjectError(f"git refuses ({error.stderr.strip()}): do what it says.") from None
+        said = error.stderr.strip() or error.stdout.strip() or f"exit code {error.returncode}"
+        raise ProjectError(f"git refuses ({said}): do what it says.") from None
     return done.stdout.strip()

@@ -23,6 +23,7 @@ from tests.browser.chromium import chromium
 from tests.tools.processes import serving
 
 PICTURES = ROOT / "docs" / "pictures"
+USUAL, TALL = {"width": 1200, "height": 700}, {"width": 1200, "height": 1000}
 
 
 def show(page: Page, address: str, text: str) -> None:
@@ -46,8 +47,11 @@ def in_ui(page: Page) -> None:
     page.get_by_text("trial 11").first.wait_for()
     page.get_by_text("Columns").first.click()
     page.get_by_text("val_accuracy", exact=True).first.click()
+    page.get_by_text("Dataset", exact=True).last.click()
     page.keyboard.press("Escape")
+    page.set_viewport_size(TALL)
     save(page, "nested_runs.png")
+    page.set_viewport_size(USUAL)
 
     parent = find("03_query_and_plot_runs", "queried")
     trials = json.dumps(children(parent.info.run_id).run_id.tolist())
@@ -87,7 +91,7 @@ def main() -> None:
         subprocess.run([*command, "run"], check=True)
         from_store()
         with serving([*command, "ui"], f"http://127.0.0.1:{port}/health"), chromium() as browser:
-            in_ui(browser.new_page(viewport={"width": 1200, "height": 700}))
+            in_ui(browser.new_page(viewport=USUAL))
 
 
 if __name__ == "__main__":

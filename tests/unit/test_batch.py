@@ -107,11 +107,15 @@ def test_a_page_has_the_cells_words_for_its_figure_and_the_end_of_a_progress_bar
     path = notebook("page", "number: int = 1", draw, bar)
     made = nbformat.read(path, 4)
     made.cells[1].metadata["alt"] = 'A line from 1 to 2, "rising" & <bold>.'
+    svg = "from matplotlib_inline.backend_inline import set_matplotlib_formats\nset_matplotlib_formats('svg')\n"
+    svg += "plt.plot([2, 1]);"
+    made.cells.insert(2, new_code_cell(svg, metadata={"alt": "A falling line."}))
     nbformat.write(made, path)
     jobs = plan([path], {}, tmp_path / "build")
     batch.run(jobs, progress=False)
+    assert not jobs[0].error
     page = BeautifulSoup(jobs[0].output.with_suffix(".html").read_text(), "html.parser")
-    assert [image["alt"] for image in page.find_all("img")] == [made.cells[1].metadata.alt]
+    assert [image["alt"] for image in page.find_all("img")] == [made.cells[1].metadata.alt, "A falling line."]
     (shown,) = nbformat.read(jobs[0].output, 4).cells[-1].outputs
     assert re.fullmatch(r"100%\|[^\r\n]*3/3[^\r\n]*\n", shown.text)
     assert shown.text.strip() in page.get_text()
