@@ -207,8 +207,9 @@ def study_figures(study: optuna.Study) -> dict[str, Figure]:
         figures = {name: plot(study).figure for name, plot in plots.items()}
     for name in ("optimization_history", "intermediate_values"):  # trials and epochs are whole numbers
         figures[name].axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if len(study.trials) > 12:  # a legend that leaves the figure, with colours that can't be told apart
-        figures["intermediate_values"].axes[0].get_legend().remove()
+    legend = figures["intermediate_values"].axes[0].get_legend()
+    if legend and len(study.trials) > 12:  # it would leave the figure, with colours that can't be told apart
+        legend.remove()
     rows = [{"params": trial.params, "metrics": {"val_accuracy": trial.value}} for trial in completed]
     ranges = study.best_trial.distributions
     log = [name for name, values in ranges.items() if getattr(values, "log", False)]
