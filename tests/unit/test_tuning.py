@@ -110,7 +110,7 @@ def test_the_family_is_right_in_one_process_in_threads_and_in_processes(home, wo
     assert model.source_run_id == parent.info.run_id and model.name == "best_model"
     assert {file.path for file in MlflowClient().list_artifacts(parent.info.run_id, "study")} == {
         f"study/{name}.png"
-        for name in ("optimization_history", "intermediate_values", "parallel_coordinate", "param_importances")
+        for name in ("optimization_history", "intermediate_values", "parallel_coordinates", "param_importances")
     }
 
 
