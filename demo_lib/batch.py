@@ -32,15 +32,14 @@ KERNEL = "python3"
 CLIENT = "jupyter_client.asynchronous.AsyncKernelClient"
 # A code cell's metadata `alt` is the alternative text of the image that it shows. nbconvert's template `classic` knows
 # it, the better-looking `lab` does not yet.
-PAGE = "{%- extends 'lab/index.html.j2' -%}" + "".join(
-    f"""
-{{%- block {block} -%}}
-{{%- set alt = 'alt="' ~ (cell.metadata.alt | escape_html) ~ '" ' if cell.metadata.alt else "" -%}}
-{{{{ super() | replace("<img ", "<img " ~ alt, 1) }}}}
-{{%- endblock {block} -%}}
+BLOCK = """
+{%- block NAME -%}
+{%- set alt = 'alt="' ~ (cell.metadata.alt | escape_html) ~ '" ' if cell.metadata.alt else "" -%}
+{{ super() | replace("<img ", "<img " ~ alt, 1) }}
+{%- endblock NAME -%}
 """
-    for block in ("data_png", "data_jpg", "data_svg")
-)
+BLOCKS = [BLOCK.replace("NAME", name) for name in ("data_png", "data_jpg", "data_svg")]
+PAGE = "".join(["{%- extends 'lab/index.html.j2' -%}", *BLOCKS])
 INTERRUPT_SECONDS = 10  # how long an interrupted lesson may take to end its runs before its kernel is killed
 
 

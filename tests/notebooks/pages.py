@@ -10,17 +10,17 @@ from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from tests.tools.pictures import is_whole
 
-# Images, tables and links into the UI on each page.
+# Images, tables, links into the UI, and progress bars that ended full, on each page.
 SHOWN = {
-    "00_start_here": (1, 0, 2),
-    "01_track_a_run": (3, 3, 1),
-    "02_tune_with_nested_runs": (4, 2, 2),
-    "03_query_and_plot_runs": (4, 7, 1),
-    "04_package_a_model": (1, 3, 1),
-    "05_register_and_promote": (0, 2, 1),
-    "06_serve_a_model": (1, 4, 1),
-    "07_run_a_project": (0, 2, 2),
-    "08_share_a_server": (0, 3, 1),
+    "00_start_here": (1, 0, 2, 0),
+    "01_track_a_run": (3, 3, 1, 0),
+    "02_tune_with_nested_runs": (4, 2, 2, 2),
+    "03_query_and_plot_runs": (4, 7, 1, 1),
+    "04_package_a_model": (1, 3, 1, 0),
+    "05_register_and_promote": (0, 2, 1, 0),
+    "06_serve_a_model": (1, 4, 1, 0),
+    "07_run_a_project": (0, 2, 2, 0),
+    "08_share_a_server": (0, 3, 1, 0),
 }
 # Lessons whose runs have pictures.
 PICTURED = {
@@ -55,6 +55,7 @@ def check_page(name, notebook):
         sum("image/png" in output.get("data", {}) for output in outputs),
         sum("<table" in output.get("data", {}).get("text/html", "") for output in outputs),
         sum("in the MLflow UI" in output.get("data", {}).get("text/html", "") for output in outputs),
+        sum(line.startswith("100%|") for output in outputs for line in text_of(output).splitlines()),
     )
     assert shown == SHOWN[name]
     for cell in cells:
