@@ -7,19 +7,25 @@ BIN := .venv/bin
 endif
 PYTHON ?= python3
 INSTALLED := .venv/.installed
+DEVELOPER := .venv/.installed-dev
 
-.PHONY: run test bench bench-server lab ui server lint lock clean
+.PHONY: setup run test test-slow bench bench-server lab ui server lint lock clean
+
+setup: $(INSTALLED)
 
 run: $(INSTALLED)
 	$(BIN)/python -m demo_lib run
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(DEVELOPER)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-bench: $(INSTALLED)
+test-slow: $(DEVELOPER)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+bench: $(DEVELOPER)
 	$(BIN)/python -m tests.benchmarks.bench
 
-bench-server: $(INSTALLED)
+bench-server: $(DEVELOPER)
 	$(BIN)/python -m tests.benchmarks.bench_server
 
 lab: $(INSTALLED)
@@ -31,18 +37,18 @@ ui: $(INSTALLED)
 server: $(INSTALLED)
 	$(BIN)/python -m server start
 
-lint: $(INSTALLED)
+lint: $(DEVELOPER)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-lock: $(INSTALLED)
+lock: $(DEVELOPER)
 	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --no-header --no-emit-index-url --extra dev pyproject.toml -o constraints.txt
 
 clean:
 	git clean -idX
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -e ".[dev]" -c constraints.txt
-	$(BIN)/python -c "open('$(INSTALLED)', 'w').close()"
+$(INSTALLED): install.py pyproject.toml constraints.txt
+	$(PYTHON) install.py
+
+$(DEVELOPER): install.py pyproject.toml constraints.txt
+	$(PYTHON) install.py --dev

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from demo_lib.config import DemoError, TrainConfig, settings
 
 import torch
 from filelock import FileLock
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision import datasets
 
-CLASSES = tuple(datasets.FashionMNIST.classes)
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # Zalando's own
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
 RAW = Path("FashionMNIST", "raw")  # where torchvision's class looks below its root
@@ -78,11 +78,12 @@ class FashionData:
 
 @dataclass(frozen=True)
 class Source:
-    """A checked folder for torchvision's dataset class, in words, and the SHA-256 of its files."""
+    """The content of the four raw files by name, checked against `sha256`, and where it is from: in words, a folder."""
 
-    root: Path
     text: str
+    folder: Path
     sha256: dict[str, str]
+    files: dict[str, bytes]
 
     @property
     def name(self) -> str:
@@ -93,6 +94,14 @@ class Source:
     def digest(self) -> str:
         """The first 16 hex digits of the SHA-256 over the digests of the four raw files."""
         return hashlib.sha256("".join(self.sha256.values()).encode()).hexdigest()[:16]
+
+    def split(self, part: Literal["train", "t10k"]) -> Split:
+        """Return all images of the part: an IDX file is a short header, of 16 or 8 bytes, and the tensor's bytes."""
+        images, labels = (bytearray(self.files[f"{part}-{kind}-ubyte"]) for kind in ("images-idx3", "labels-idx1"))
+        return Split(
+            torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28),
+            torch.frombuffer(labels, dtype=torch.uint8, offset=8).long(),
+        )
 
 
 def load_data(config: TrainConfig | None = None) -> FashionData:
@@ -105,18 +114,21 @@ def load_data(config: TrainConfig | None = None) -> FashionData:
     """
     config = config or TrainConfig()
     source = find_data()
-    images, labels = _read(source, train=True)
-    size = min(config.train_images, len(labels))
-    held_out = size // 12
-    parts = train_test_split(
-        torch.arange(len(labels)),
-        train_size=size - held_out,
-        test_size=held_out,
-        stratify=labels,
-        random_state=config.seed,
-    )
-    train, validation = (Split(images[part], labels[part]) for part in parts)
-    return FashionData(train, validation, Split(*_read(source, train=False)), source.name, source.text, source.digest)
+    known = source.split("train")
+    size = min(config.train_images, len(known))
+    parts = _stratified_order(known.labels, config.seed)[:size].tensor_split([size // 12])
+    validation, train = (Split(known.images[part], known.labels[part]) for part in parts)
+    return FashionData(train, validation, source.split("t10k"), source.name, source.text, source.digest)
+
+
+def _stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Return the images' indices class after class in turn, each class in an order drawn from the seed.
+
+    All classes have the same number of images, so any stretch holds each of them equally often, give or take one.
+    """
+    members = labels.argsort(stable=True).view(len(CLASSES), -1)
+    drawn = torch.rand(members.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1, stable=True)
+    return members.gather(1, drawn).T.flatten()
 
 
 def batches(
@@ -140,63 +152,59 @@ def batches(
 def find_data() -> Source:
     """Return the first of: DEMO_DATA_DIR, the cache, Debian's package, torchvision's download, the shipped sample.
 
-    Every file of the source is checked against its SHA-256.
+    Every file is checked against its SHA-256. The cache keeps what comes from the package or the download.
 
     Raises:
         DataError: a file is missing from the named folder, truncated, altered or unreadable, or can't be stored.
     """
     options, cache = settings(), settings().home / "data"
-    if options.data_dir and _has_all(options.data_dir / RAW):
-        return _checked(Source(options.data_dir, f"folder {options.data_dir}", FULL_SHA256))
-    if options.data_dir or not _has_all(cache / RAW):
+    if options.data_dir:
+        return Source(f"folder {options.data_dir}", options.data_dir, FULL_SHA256, _read(options.data_dir, FULL_SHA256))
+    if not _has_all(cache / RAW):
         with _locked(cache):
-            if options.data_dir:
-                _fill(cache, options.data_dir, FULL_SHA256)
-            elif not _has_all(cache / RAW) and not _fill_from_elsewhere(cache, options.download):
-                _fill(cache / "sample", SAMPLE, SAMPLE_SHA256)
-                return _checked(Source(cache / "sample", SAMPLE_TEXT, SAMPLE_SHA256))
-    return _checked(Source(cache, "the cache", FULL_SHA256))
+            if not _has_all(cache / RAW) and not _fill(cache, options.download):
+                return Source(SAMPLE_TEXT, SAMPLE, SAMPLE_SHA256, _read(SAMPLE, SAMPLE_SHA256))
+    files = _read(cache, FULL_SHA256, repair="delete it and run again")
+    return Source("the cache", cache, FULL_SHA256, files)
 
 
-def _fill_from_elsewhere(cache: Path, download: bool) -> bool:
+def _fill(cache: Path, download: bool) -> bool:
     """Fill the cache from Debian's package or the download; False where neither is to be had."""
-    if DEBIAN.is_dir():
-        _fill(cache, DEBIAN, FULL_SHA256)
-        return True
-    if not download:
-        return False
+    files = _read(DEBIAN, FULL_SHA256) if DEBIAN.is_dir() else _download(cache) if download else {}
+    for name, content in files.items():
+        _write(cache / RAW / name, content)
+    return bool(files)
+
+
+def _download(cache: Path) -> dict[str, bytes]:
+    """Let torchvision download the files and return them as `_read` does; none where they can't be reached."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
         try:
+            from torchvision.datasets import FashionMNIST  # here only: it takes seconds to load
+
             with _socket_timeout(5):
-                datasets.FashionMNIST(folder, download=True)
+                FashionMNIST(folder, download=True)
         except (OSError, RuntimeError):
-            return False
-        _fill(cache, Path(folder), FULL_SHA256)
-    return True
+            return {}
+        return _read(Path(folder), FULL_SHA256)
 
 
-def _fill(cache: Path, folder: Path, sha256: dict[str, str]) -> None:
-    """Put the folder's files, gunzipped, into the cache; each appears there whole and checked, or not at all."""
+def _read(folder: Path, sha256: dict[str, str], repair: str = "replace it by a good copy") -> dict[str, bytes]:
+    """Return the content of the files by name, gunzipped and checked; DataError says how to repair a bad one."""
+    files = {}
     for name, expected in sha256.items():
         candidates = [folder / RAW / name, folder / name, folder / f"{name}.gz", folder / RAW / f"{name}.gz"]
-        origin = next(filter(Path.is_file, candidates), None)
-        if origin is None:
+        path = next(filter(Path.is_file, candidates), None)
+        if path is None:
             raise DataError(f"{folder} has no {name} (nor {name}.gz): put Fashion-MNIST's four files there.")
-        target = cache / RAW / name
-        if target.is_file() and _sha256(target) == expected:
-            continue
-        content = _content(origin)
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise DataError(f"{origin} is not the original file (its SHA-256 differs): replace it by a good copy.")
-        _write(target, content)
-
-
-def _content(origin: Path) -> bytes:
-    try:
-        with (gzip.open if origin.suffix == ".gz" else open)(origin, "rb") as file:
-            return file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{origin} can't be read ({error}): replace it by a good copy.") from None
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                files[name] = file.read()
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} can't be read ({error}): {repair}.") from None
+        if hashlib.sha256(files[name]).hexdigest() != expected:
+            raise DataError(f"{path} is truncated or altered (its SHA-256 differs): {repair}.")
+    return files
 
 
 def _write(target: Path, content: bytes) -> None:
@@ -213,29 +221,6 @@ def _write(target: Path, content: bytes) -> None:
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(_cannot_store(target.parent, error)) from None
-
-
-def _checked(source: Source) -> Source:
-    """Return the source, or name the file that is not what it should be."""
-    for name, expected in source.sha256.items():
-        path = source.root / RAW / name
-        try:
-            good = _sha256(path) == expected
-        except OSError as error:
-            raise DataError(f"{path} can't be read ({error.strerror}): make it readable or delete it.") from None
-        if not good:
-            raise DataError(f"{path} is truncated or altered (its SHA-256 differs): delete it and run again.")
-    return source
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(source: Source, train: bool) -> tuple[Tensor, Tensor]:
-    dataset = datasets.FashionMNIST(source.root, train=train)
-    return dataset.data.unsqueeze(1), dataset.targets
 
 
 def _has_all(folder: Path) -> bool:

@@ -81,7 +81,7 @@ def _data() -> tuple[bool, str]:
     from demo_lib.data import find_data
 
     source = find_data()
-    return True, f"{source.name} from {source.text} ({source.root})"
+    return True, f"{source.name} from {source.text} ({source.folder})"
 
 
 def _store() -> tuple[bool, str]:

@@ -1,6 +1,9 @@
 """Matplotlib figures for the lessons; they draw what they are given and ask no store."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Told apart by colour-blind people and in print: colours, and styles and markers that repeat only after 36 lines.
 COLORS = color_sequences["petroff8" if "petroff8" in color_sequences else "petroff10"]

@@ -34,7 +34,6 @@ from mlflow.entities import Experiment, Metric, Run, ViewType
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.models.model import ModelInfo
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
 from mlflow.utils.rest_utils import http_request
@@ -287,11 +286,11 @@ def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str
 
 def log_datasets(data: FashionData) -> None:
     """Link the active run to the training and validation images it uses, with their digests."""
-    from torchvision.datasets import FashionMNIST
+    from demo_lib.data import ADDRESS
 
     for context, split in {"training": data.train, "validation": data.validation}.items():
         dataset = mlflow.data.from_numpy(
-            split.images.numpy(), targets=split.labels.numpy(), name=data.name, source=FashionMNIST.mirrors[0]
+            split.images.numpy(), targets=split.labels.numpy(), name=data.name, source=ADDRESS
         )
         mlflow.log_input(dataset, context=context)
 
@@ -486,6 +485,8 @@ def _create_store(database: Path) -> None:
         return
     if database.is_dir():
         raise TrackingError(f"the store {database} is a folder: MLFLOW_TRACKING_URI must name a file in it.")
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # here: a second that a server's user is spared
+
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(database.with_name(f".{database.name}.lock")):

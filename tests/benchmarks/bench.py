@@ -22,7 +22,7 @@ from pathlib import Path
 
 from demo_lib import batch, runs
 from demo_lib.config import ROOT, TrainConfig, TuneConfig, sqlite_uri
-from demo_lib.data import FashionData, Split, batches, find_data, load_data
+from demo_lib.data import RAW, FashionData, Split, batches, find_data, load_data
 from demo_lib.model import MEAN, STD, FashionNet, build_model
 from demo_lib.tracking import PACKAGES, batched_metrics, connect, provenance, truthful_status
 from demo_lib.training import fit, pick_device
@@ -144,7 +144,7 @@ def tracking_to(address: str | None) -> Iterator[None]:
 def usual_dataset() -> datasets.FashionMNIST:
     """Return the training images as PyTorch's tutorials read them: one by one, from a picture to a tensor."""
     steps = [transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))]
-    return datasets.FashionMNIST(find_data().root, train=True, transform=transforms.Compose(steps))
+    return datasets.FashionMNIST(os.environ["DEMO_DATA_DIR"], train=True, transform=transforms.Compose(steps))
 
 
 def usual_loader(dataset: Dataset) -> DataLoader:
@@ -450,12 +450,16 @@ def table(lines: list[list[str]], sides: str) -> str:
     )
 
 
-def use_own_data() -> None:
-    """Read the data where this machine has it, whatever the home."""
+def use_own_data(folder: Path) -> None:
+    """Take this machine's data into the folder, laid as torchvision wants it, and read it there, whatever the home."""
     source = find_data()
     if source.name != "fashion-mnist":
         sys.exit("The benchmark needs the whole Fashion-MNIST: name its folder in DEMO_DATA_DIR.")
-    os.environ["DEMO_DATA_DIR"] = str(source.root)
+    raw = folder / RAW
+    raw.mkdir(parents=True)
+    for name, content in source.files.items():
+        (raw / name).write_bytes(content)
+    os.environ["DEMO_DATA_DIR"] = str(folder)
 
 
 def main() -> None:
@@ -464,10 +468,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench.json", help="JSON file to write")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     options = parser.parse_args()
-    use_own_data()
     facts, rows = machine(), []
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        use_own_data(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-data-"))))
         stack.enter_context(new_home())
         for part in options.only:
             print(f"{part} ...", file=sys.stderr, flush=True)

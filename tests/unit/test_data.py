@@ -3,16 +3,32 @@
 import gzip
 import hashlib
 import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 from demo_lib import data as data_module
 from demo_lib.config import TrainConfig
-from demo_lib.data import FULL_SHA256, RAW, SAMPLE, SAMPLE_SHA256, DataError, Split, batches, find_data, load_data
+from demo_lib.data import (
+    ADDRESS,
+    CLASSES,
+    FULL_SHA256,
+    RAW,
+    SAMPLE,
+    SAMPLE_SHA256,
+    DataError,
+    Split,
+    batches,
+    find_data,
+    load_data,
+)
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision import datasets
 
 
 @pytest.fixture
@@ -31,8 +47,7 @@ def as_full(monkeypatch):
 
 def test_the_package_fills_the_cache(empty, monkeypatch, as_full):
     monkeypatch.setattr(data_module, "DEBIAN", SAMPLE)
-    source = find_data()
-    assert source.root == empty / "data"
+    assert find_data().folder == empty / "data"
     assert {path.name for path in (empty / "data" / RAW).iterdir()} == set(FULL_SHA256)
 
 
@@ -86,7 +101,8 @@ def test_a_named_folder_is_taken_in_any_layout(empty, monkeypatch, as_full, layo
             (target / path.stem).write_bytes(gzip.decompress(content))
     monkeypatch.setenv("DEMO_DATA_DIR", str(folder))
     source = find_data()
-    assert source.root == (folder if layout == "torchvision" else empty / "data")
+    assert (source.folder, source.name, source.files.keys()) == (folder, "fashion-mnist", FULL_SHA256.keys())
+    assert not (empty / "data").exists()
 
 
 def test_a_named_folder_without_data_is_refused(empty, monkeypatch):
@@ -119,7 +135,7 @@ def test_a_damaged_origin_is_named_and_never_becomes_the_cache(empty, monkeypatc
 @pytest.mark.parametrize("damage", ["truncated", "altered", "a folder"])
 def test_a_damaged_cache_is_named_with_the_repair(empty, monkeypatch, as_full, damage):
     monkeypatch.setattr(data_module, "DEBIAN", SAMPLE)
-    victim = find_data().root / RAW / "train-images-idx3-ubyte"
+    victim = find_data().folder / RAW / "train-images-idx3-ubyte"
     content = victim.read_bytes()
     victim.write_bytes(content[:5000] if damage == "truncated" else content[:-1] + b"\x07")
     if damage == "a folder":
@@ -132,7 +148,7 @@ def test_a_damaged_cache_is_named_with_the_repair(empty, monkeypatch, as_full, d
         find_data()
     assert str(victim) in str(error.value)
     victim.unlink()
-    assert find_data().root == empty / "data"
+    assert find_data().folder == empty / "data"
 
 
 def test_a_cache_that_cannot_be_written_is_named(empty):
@@ -141,38 +157,70 @@ def test_a_cache_that_cannot_be_written_is_named(empty):
         find_data()
 
 
-def test_a_failed_download_falls_back_and_leaves_nothing(empty, monkeypatch):
-    def half(root, download=False, **kwargs):
-        if download:
-            folder = empty.joinpath(root, RAW)
-            folder.mkdir(parents=True)
-            (folder / "train-images-idx3-ubyte.gz").write_bytes(b"half")
-            raise OSError("network unreachable")
-        return real(root, **kwargs)
-
-    real = data_module.datasets.FashionMNIST
+def test_what_torchvision_downloads_fills_the_cache(empty, monkeypatch, as_full):
     monkeypatch.setenv("DEMO_DOWNLOAD", "true")
-    monkeypatch.setattr(data_module.datasets, "FashionMNIST", half)
+    monkeypatch.setattr(datasets, "FashionMNIST", lambda root, download: shutil.copytree(SAMPLE, Path(root) / RAW))
+    assert find_data().folder == empty / "data"
+    monkeypatch.setattr(datasets, "FashionMNIST", None)
+    assert find_data().text == "the cache"
+    assert not list((empty / "data").glob(".download*"))
+
+
+def test_a_failed_download_falls_back_and_leaves_nothing(empty, monkeypatch):
+    def half(root, download):
+        folder = Path(root, RAW)
+        folder.mkdir(parents=True)
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(b"half")
+        raise OSError("network unreachable")
+
+    monkeypatch.setenv("DEMO_DOWNLOAD", "true")
+    monkeypatch.setattr(datasets, "FashionMNIST", half)
     assert find_data().name == "fashion-mnist-sample"
     assert not (empty / "data" / RAW).exists()
     assert not list((empty / "data").glob(".download*"))
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.fixture(scope="module")
+def known():
+    """The sample, as torchvision reads it."""
+    with tempfile.TemporaryDirectory() as root:
+        raw = Path(root, RAW)
+        raw.mkdir(parents=True)
+        for path in SAMPLE.glob("*.gz"):
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        return {part: datasets.FashionMNIST(root, train=part == "train") for part in ("train", "t10k")}
+
+
+def test_files_classes_and_address_are_those_of_torchvision(empty, known):
+    source = find_data()
+    for part, dataset in known.items():
+        assert torch.equal(source.split(part).images, dataset.data.unsqueeze(1))
+        assert torch.equal(source.split(part).labels, dataset.targets)
+    assert (list(CLASSES), [ADDRESS]) == (datasets.FashionMNIST.classes, datasets.FashionMNIST.mirrors)
+
+
+@settings(max_examples=50, deadline=None)
 @given(train_images=st.integers(200, 60_000), seed=st.integers(0, 2**31 - 1))
-def test_splits_are_stratified_fixed_and_never_overlap(template, train_images, seed):
+def test_splits_are_stratified_fixed_and_never_overlap(train_images, seed):
+    numbered = Split(torch.arange(60_000), torch.arange(60_000) % 10)
+    source = SimpleNamespace(split=lambda part: numbered, name="", text="", digest="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEMO_HOME", str(template))
-        numbered = lambda source, train: (torch.arange(60_000), torch.arange(60_000) % 10)  # noqa: E731
-        patch.setattr(data_module, "_read", numbered)
+        patch.setattr(data_module, "find_data", lambda: source)
         config = TrainConfig(train_images=train_images, seed=seed)
         data, again = load_data(config), load_data(config)
     train, validation = data.train.images, data.validation.images
     assert len(set(train.tolist()) | set(validation.tolist())) == len(train) + len(validation) == train_images
+    assert len(validation) == train_images // 12
     assert torch.equal(train, again.train.images) and torch.equal(validation, again.validation.images)
     for split in (data.train, data.validation):
         counts = split.labels.bincount(minlength=10)
         assert counts.max() - counts.min() <= 1
+
+
+def test_another_seed_is_another_split(empty):
+    first, second = (load_data(TrainConfig(train_images=7_800, seed=seed)).validation for seed in (0, 1))
+    shared = {image.numpy().tobytes() for image in first.images} & {image.numpy().tobytes() for image in second.images}
+    assert len(shared) < 0.2 * len(first)
 
 
 def numbered_split(size):

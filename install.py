@@ -1,0 +1,63 @@
+"""Install the lessons into .venv: `python3 install.py`, with `--dev` what the tests need too. `make setup` calls it.
+
+PyTorch comes as the build for this machine: on Linux without a GPU's driver that saves 3 GB of CUDA libraries. Those
+builds have an index of their own; where it can't be reached, the usual index's build is taken. `UV_TORCH_BACKEND`,
+when set, decides instead (https://docs.astral.sh/uv/guides/integration/pytorch).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN, SUFFIX = (VENV / "Scripts", ".exe") if os.name == "nt" else (VENV / "bin", "")
+PYTHON, UV = BIN / f"python{SUFFIX}", BIN / f"uv{SUFFIX}"
+PINS = ["--python", PYTHON, "--constraints", ROOT / "constraints.txt"]
+ONE_TRY = {"UV_HTTP_RETRIES": "0", "UV_HTTP_TIMEOUT": "5", "UV_HTTP_CONNECT_TIMEOUT": "5"}  # seconds
+
+
+def main() -> None:
+    """Make the environment, install, and leave the files by which make knows that it is done."""
+    parser = argparse.ArgumentParser(description="Install the lessons into .venv.")
+    parser.add_argument("--dev", action="store_true", help="with what the tests need")
+    dev = parser.parse_args().dev
+    try:
+        if not UV.exists():
+            run(sys.executable, "-m", "venv", VENV)
+            run(PYTHON, "-m", "pip", "install", "--quiet", "uv")
+        project = f"{ROOT}[dev]" if dev else ROOT
+        run(UV, "pip", "install", "--compile-bytecode", *PINS, *torch_backend(), "--editable", project)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the command has said why
+    for name in (".installed", ".installed-dev") if dev else (".installed",):
+        (VENV / name).touch()
+
+
+def torch_backend() -> list[str]:
+    """Return uv's option for the build that fits this machine, nothing where PyTorch's index doesn't have the pins."""
+    if os.environ.get("UV_TORCH_BACKEND"):
+        return []
+    choice = ["--torch-backend", "auto"]
+    tried = subprocess.run(
+        [UV, "pip", "compile", "--quiet", *PINS, *choice, "-"],
+        input="torch\ntorchvision\n",
+        text=True,
+        capture_output=True,
+        env=os.environ | ONE_TRY,
+    )
+    if tried.returncode == 0:
+        return choice
+    print("PyTorch's own index can't be used here: taking the usual index's PyTorch, on Linux with 3 GB for GPUs.")
+    return []
+
+
+def run(*command: str | Path) -> None:
+    """Run the command in the repository, so that its output is seen."""
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
