@@ -5,6 +5,7 @@ no progress bar for artifacts, no hints for coding agents, and no usage telemetr
 speed and device of PyTorch. Libraries read them when they are imported, so import `demo_lib` first.
 """
 
+import gc
 import os
 
 for _name, _value in {
@@ -20,3 +21,5 @@ for _name, _value in {
     "GIT_PYTHON_REFRESH": "quiet",  # a machine without git still imports MLflow and loses only the commit
 }.items():
     os.environ.setdefault(_name, _value)
+
+gc.set_threshold(10_000)  # with Python's 700 or 2,000, looking for garbage is a sixth of the time that imports take

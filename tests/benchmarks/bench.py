@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,6 +151,20 @@ def usual_dataset() -> datasets.FashionMNIST:
 def usual_loader(dataset: Dataset) -> DataLoader:
     """Return the loader of the original demo."""
     return DataLoader(dataset, batch_size=64, shuffle=True, num_workers=0)
+
+
+def measure_imports() -> Iterator[Row]:
+    """The library in a new Python; the baseline loads torchvision, scikit-learn and the SQL store with it."""
+    modules = [f"demo_lib.{name}" for name in ("data", "model", "training", "tracking", "tuning", "runs", "plots")]
+    spared = ["torchvision", "sklearn.model_selection", "mlflow.store.tracking.sqlalchemy_store"]
+    baseline, ours = in_turns(lambda: import_seconds(*spared, *modules), lambda: import_seconds(*modules))
+    yield Row("import of the library", baseline, ours)
+
+
+def import_seconds(*modules: str) -> float:
+    """Return how long a new Python takes to import the modules."""
+    code = f"import time; t = time.perf_counter(); import {', '.join(modules)}; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
 
 
 def measure_batches() -> Iterator[Row]:
@@ -414,6 +429,7 @@ def measure_lessons() -> Iterator[Row]:
 
 
 PARTS = {
+    "imports": measure_imports,
     "batches": measure_batches,
     "epoch": measure_epoch,
     "tracking": measure_tracking,

@@ -1,4 +1,4 @@
-"""A real Chromium, JupyterLab on a copy of the lessons, and the MLflow UI on the test's store."""
+"""A real Chromium, a participant's JupyterLab on a copy of the lessons, and the MLflow UI on the test's store."""
 
 import os
 import shutil
@@ -10,9 +10,13 @@ from demo_lib.batch import LESSONS
 from demo_lib.processes import free_port
 
 import pytest
+from mlflow import MlflowClient
 
+from server.client import as_admin
+from server.participants import add
 from tests.browser.chromium import chromium
-from tests.tools.processes import mlflow_server, serving
+from tests.server.conftest import Site, workshop_in
+from tests.tools.processes import serving
 
 
 @pytest.fixture(scope="session")
@@ -26,29 +30,40 @@ def browser():
 
 @dataclass(frozen=True)
 class Lab:
-    """The addresses of a JupyterLab and of the `mlflow server` that it tracks to, and its `DEMO_HOME`."""
+    """The address of lea's JupyterLab, its folder and variables, and the workshop's server that it tracks to."""
 
     url: str
-    tracking: str
     home: Path
+    environment: dict[str, str]
+    site: Site
 
 
 @pytest.fixture(scope="module")
-def lab(template, tmp_path_factory):
-    """One for all lessons, as in a workshop, on a copy of them: it saves them with outputs."""
+def workshop(tmp_path_factory):
+    """A workshop's server with the accounts of lea and finn, and their passwords."""
+    passwords = {}
+    with workshop_in(tmp_path_factory.mktemp("workshop")) as site:
+        add(site.settings, site.secrets, ["lea", "finn"], passwords.update)
+        with as_admin(site.settings, site.secrets):
+            MlflowClient().create_registered_model("fashion-classifier")  # somebody else's, of the lessons' name
+        yield site, passwords
+
+
+@pytest.fixture(scope="module")
+def lab(template, workshop, tmp_path_factory):
+    """The JupyterLab of lea on a copy of the lessons: it saves them with outputs."""
     home, port = tmp_path_factory.mktemp("lab"), free_port()
     shutil.copytree(LESSONS, home / "notebooks")
     (home / "data").symlink_to(template / "data")
-    (home / "server").mkdir()
-    shutil.copy(template / "store" / "mlflow.db", home / "server" / "mlflow.db")
+    site, passwords = workshop
+    environment = {"DEMO_HOME": str(home), "MLFLOW_TRACKING_URI": site.url}
+    environment |= {"MLFLOW_TRACKING_USERNAME": "lea", "MLFLOW_TRACKING_PASSWORD": passwords["lea"]}
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={home / 'notebooks'}", "--IdentityProvider.token="]
     command += ["--LabApp.expose_app_in_browser=True"]
-    environment = {"JUPYTER_CONFIG_DIR": str(home / "jupyter"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
-    with mlflow_server(home / "server") as tracking:
-        environment |= {"MLFLOW_TRACKING_URI": tracking, "DEMO_HOME": str(home)}
-        with serving(command, f"http://127.0.0.1:{port}/lab", env=os.environ | environment):
-            yield Lab(f"http://127.0.0.1:{port}/lab", tracking, home)
+    jupyter = {"JUPYTER_CONFIG_DIR": str(home / "jupyter"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
+    with serving(command, f"http://127.0.0.1:{port}/lab", env=os.environ | environment | jupyter):
+        yield Lab(f"http://127.0.0.1:{port}/lab", home, environment, site)
 
 
 @pytest.fixture

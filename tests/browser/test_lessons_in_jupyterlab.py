@@ -1,15 +1,19 @@
-"""The lessons as a workshop sees them: JupyterLab in a real browser, a tracking server, links into the MLflow UI."""
+"""The lessons as a workshop sees them: a participant's JupyterLab in a real browser, and links into the MLflow UI."""
 
+import os
 import subprocess
 import sys
 
-from demo_lib.batch import lessons
-from demo_lib.tracking import connect, ui_link
+from demo_lib.batch import LESSONS, lessons
+from demo_lib.tracking import connect, own_name, ui_link
 
 import mlflow
 import nbformat
 import pytest
+from mlflow import MlflowClient
 
+from server.client import as_admin
+from server.progress import progress
 from tests.notebooks.checks import check_lesson
 from tests.notebooks.pages import check_page
 from tests.tools.lessons import defaults
@@ -25,11 +29,19 @@ RUN_ALL = """async () => {
 }"""
 
 
+@pytest.fixture
+def as_lea(lab, monkeypatch):
+    """Make this process, and those that it starts, lea's."""
+    for name, value in lab.environment.items():
+        monkeypatch.setenv(name, value)
+    mlflow.set_tracking_uri(lab.site.url)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_top_to_bottom_without_red_on_a_server(name, lab, browser, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEMO_HOME", str(lab.home))
+def test_a_participant_runs_a_lesson_top_to_bottom_without_red(name, lab, browser, tmp_path, as_lea):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(600_000)
     page.goto(f"{lab.url}/workspaces/{name}/tree/{name}.ipynb")  # a workspace remembers what was open in it
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
@@ -41,13 +53,31 @@ def test_a_lesson_runs_top_to_bottom_without_red_on_a_server(name, lab, browser,
     outputs = [output for cell in code for output in cell.outputs]
     assert not [each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"]
     check_page(name, executed)
-    mlflow.set_tracking_uri(lab.tracking)
     check_lesson(name, defaults(name))
     page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
     assert not (lab.home / "store" / "artifacts").exists()
+    table = progress(lab.site.settings, lab.site.secrets)
+    assert table.loc["lea", name] > 0 and (table.loc["finn"].drop("last_activity") == 0).all()
+    with as_admin(lab.site.settings, lab.site.secrets):
+        assert mlflow.get_experiment_by_name(f"lea/{name}") and not mlflow.get_experiment_by_name(name)
+        assert not MlflowClient().search_model_versions("name = 'fashion-classifier'")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_lesson_runs_again_under_nbval(name, lab, as_lea, tmp_path):
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
+    # A pytest in pytest's own folder would make that folder root's only, and PostgreSQL lives there as another user.
+    command += ["--basetemp", str(tmp_path / "nbval")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    runs = mlflow.search_runs(experiment_names=[own_name(name)], output_format="list")
+    assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
+
+
+@pytest.mark.slow
 def test_jupyterlab_opens_a_lesson_without_a_question_or_a_build_check(lab, browser):
     page = browser.new_page()
     asked = []
@@ -61,6 +91,7 @@ def test_jupyterlab_opens_a_lesson_without_a_question_or_a_build_check(lab, brow
     page.close()
 
 
+@pytest.mark.slow
 def test_links_open_the_right_pages_in_a_fresh_profile(home, ui, browser):
     experiment = connect("links")
     with mlflow.start_run(run_name="linked-run") as run:

@@ -3,6 +3,7 @@
 import os
 
 from demo_lib.config import TrainConfig
+from demo_lib.tracking import own_model_name, own_name
 
 import mlflow
 import pandas as pd
@@ -20,7 +21,7 @@ def check_lesson(name, params):
 
 def families(experiment):
     """Return {parent's name: (parent, its children)} of an experiment, and the names of runs with no family."""
-    found = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+    found = mlflow.search_runs(experiment_names=[own_name(experiment)], output_format="list")
     top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     of = {run.info.run_id: [] for run in top}
     for run in found:
@@ -34,7 +35,7 @@ def load_table(run, name):
 
 
 def check_lesson_00(params):
-    found = mlflow.search_runs(experiment_names=["00_start_here"], output_format="list")
+    found = mlflow.search_runs(experiment_names=[own_name("00_start_here")], output_format="list")
     assert [run.info.status for run in found] == ["FINISHED", "FINISHED"]
     left_open, run = found
     assert run.info.run_name == f"{params['train_images']} images" and not left_open.data.params
@@ -45,7 +46,8 @@ def check_lesson_00(params):
 def check_lesson_01(params):
     client = MlflowClient()
     runs = {
-        run.info.run_name: run for run in mlflow.search_runs(experiment_names=["01_track_a_run"], output_format="list")
+        run.info.run_name: run
+        for run in mlflow.search_runs(experiment_names=[own_name("01_track_a_run")], output_format="list")
     }
     name = f"rate {params['learning_rate']:g}"
     assert set(runs) == {name, "doomed"}
@@ -171,8 +173,8 @@ def check_lesson_05(params):
     from demo_lib.data import CLASSES, load_data
     from demo_lib.packaging import raw_images
 
-    client, name = MlflowClient(), params["model_name"]
-    runs = mlflow.search_runs(experiment_names=["05_register_and_promote"], output_format="list")
+    client, name = MlflowClient(), own_model_name(params["model_name"])
+    runs = mlflow.search_runs(experiment_names=[own_name("05_register_and_promote")], output_format="list")
     assert {run.info.status for run in runs} == {"FINISHED"}
     made = {(int(run.data.params["epochs"]), int(run.data.params["train_images"])): run.info.run_id for run in runs}
     size, epochs = params["train_images"], params["epochs"]
@@ -206,9 +208,9 @@ def check_lesson_05(params):
 
 
 def check_lesson_06(params):
-    client, name = MlflowClient(), params["model_name"]
+    client, name = MlflowClient(), own_model_name(params["model_name"])
     champion = client.get_model_version_by_alias(name, "champion")
-    found = mlflow.search_runs(experiment_names=["06_serve_a_model"], output_format="list")
+    found = mlflow.search_runs(experiment_names=[own_name("06_serve_a_model")], output_format="list")
     runs = {run.info.run_name: run for run in found}
     assert set(runs) == {"offline scoring", "call times", "traced"}
     assert {run.info.status for run in found} == {"FINISHED"}
@@ -238,7 +240,7 @@ def check_lesson_06(params):
 
 
 def check_lesson_07(params):
-    runs = mlflow.search_runs(experiment_names=["07_run_a_project"], output_format="list")
+    runs = mlflow.search_runs(experiment_names=[own_name("07_run_a_project")], output_format="list")
     (changed,), (committed,) = ([run for run in runs if run.info.run_name == name] for name in ("changed", "committed"))
     (again,) = [run for run in runs if "reproduces" in run.data.tags]
     failed = {run.info.run_name: run.data.params for run in runs if run.info.status == "FAILED"}
@@ -260,7 +262,7 @@ def check_lesson_07(params):
 
 
 def check_lesson_08(params):
-    (run,) = mlflow.search_runs(experiment_names=["08_share_a_server"], output_format="list")
+    (run,) = mlflow.search_runs(experiment_names=[own_name("08_share_a_server")], output_format="list")
     assert run.info.status == "FINISHED"
     assert TrainConfig.from_params(run.data.params).train_images == params["train_images"]
     said = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/findings.json")

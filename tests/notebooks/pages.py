@@ -4,7 +4,10 @@ import copy
 import re
 from html import unescape
 
+from demo_lib.tracking import own_name
+
 import mlflow
+from bs4 import BeautifulSoup
 from mlflow import MlflowClient
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
@@ -79,6 +82,13 @@ def check_cell(cell):
             assert not UNREADABLE.search(text), f"{UNREADABLE.search(text)[0]} {where}"
 
 
+def check_html(name, path):
+    """Check that each image of the lesson's HTML page has its words."""
+    page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+    words = [image.get("alt", "") for image in page.find_all("img")]
+    assert len(words) == SHOWN[name][0] and all(len(each) > 60 for each in words), words
+
+
 def text_of(output):
     """Return the words that JupyterLab shows of the output: those of the HTML, where there is some."""
     if "text" in output:
@@ -104,7 +114,7 @@ def begins_whole(text):
 def check_logged_figures(name):
     """Check that nothing is cut off at the edges of the pictures that the lesson's runs have."""
     client, found = MlflowClient(), 0
-    for run in mlflow.search_runs(experiment_names=[name], output_format="list"):
+    for run in mlflow.search_runs(experiment_names=[own_name(name)], output_format="list"):
         folders = [""]
         for folder in folders:
             for file in client.list_artifacts(run.info.run_id, folder):

@@ -1,20 +1,17 @@
-"""Every lesson: its anatomy, and what it leaves in the store when papermill and nbval run it."""
+"""Every lesson: its anatomy, and what its pages and the store show when the batch run has executed it."""
 
-import os
 import re
-import subprocess
-import sys
 
+from demo_lib import batch
 from demo_lib.batch import LESSONS, lessons
 from demo_lib.config import ROOT, TrainConfig
 
-import mlflow
 import nbformat
 import papermill as pm
 import pytest
 
 from tests.notebooks.checks import check_lesson
-from tests.notebooks.pages import check_logged_figures, check_page
+from tests.notebooks.pages import check_html, check_logged_figures, check_page
 from tests.tools.lessons import defaults
 from tests.tools.processes import scoring_servers, team_servers, wait_until
 
@@ -50,17 +47,6 @@ def read(name):
 
 def text(name):
     return "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
-
-
-def run_lesson(name, folder, params):
-    """Execute the lesson with papermill and return the executed notebook."""
-    return pm.execute_notebook(
-        LESSONS / f"{name}.ipynb", folder / f"{name}.ipynb", params, cwd=LESSONS, progress_bar=False
-    )
-
-
-def outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,30 +105,18 @@ def params_of(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_with_other_parameters_as_the_store_shows_and_again_under_nbval(
-    name, home, tmp_path, monkeypatch
-):
-    executed = run_lesson(name, tmp_path, params_of(name))
-    red = [output.text for output in outputs(executed) if output.get("name") == "stderr"]
-    assert not red
+def test_a_lesson_runs_with_other_parameters_as_its_pages_and_the_store_show(name, home, monkeypatch):
+    (job,) = jobs = batch.plan([name], params_of(name), home / "build")
+    batch.run(jobs, progress=False)
+    assert job.status == "FINISHED", job.error
+    executed = nbformat.read(job.output, as_version=4)
+    outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
     check_page(name, executed)
+    check_html(name, job.output.with_suffix(".html"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/store/mlflow.db")
-    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     check_lesson(name, params_of(name))
     check_logged_figures(name)
-    run_under_nbval(name, tmp_path)
-    runs = mlflow.search_runs(experiment_names=[name], output_format="list")
-    assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
-
-
-def run_under_nbval(name, folder):
-    """Run the lesson with its defaults, in the notebook's folder and on what the store has by then."""
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
-    # A pytest in pytest's own folder would make that folder root's only, and PostgreSQL lives there as another user.
-    command += ["--basetemp", str(folder / "nbval")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 FAILURES = {
@@ -151,6 +125,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failing_cell_leaves_no_server(name, home, tmp_path):
     start, params, servers = FAILURES[name]

@@ -66,12 +66,19 @@ def make_secrets(**given):
     return Secrets(**drawn | given)
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """The profile `workshop`, with a PostgreSQL of its own."""
-    settings = ServerSettings(profile="workshop", folder=tmp_path_factory.mktemp("workshop"), port=free_port())
+@contextmanager
+def workshop_in(folder):
+    """Run the profile `workshop`, with a PostgreSQL of its own, until the block ends."""
+    settings = ServerSettings(profile="workshop", folder=folder, port=free_port())
     with running(settings, found := make_secrets()):
         yield Site(settings, found)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """The profile `workshop`."""
+    with workshop_in(tmp_path_factory.mktemp("workshop")) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")

@@ -240,6 +240,7 @@ def sweep(session, workshop, routes, people):
         return dict(zip(routes, pool.map(lambda route: ask(session, workshop.url, route, people), routes), strict=True))
 
 
+@pytest.mark.slow
 def test_nobody_gets_in(workshop, routes, people):
     nobody = session("", "")
     nobody.auth = None
@@ -248,6 +249,7 @@ def test_nobody_gets_in(workshop, routes, people):
     assert {plain(route) for route in let_in} == PUBLIC
 
 
+@pytest.mark.slow
 def test_a_wrong_password_gets_nobody_in(workshop, routes, people):
     wrong = session(people.owner_name, "not-the-password")
     # Checking a password takes most of a request: one route each of what a path begins with.
@@ -257,6 +259,7 @@ def test_a_wrong_password_gets_nobody_in(workshop, routes, people):
     assert {answer.status_code for answer in answers.values()} == {401}
 
 
+@pytest.mark.slow
 def test_a_participant_gets_at_nothing_of_anothers(workshop, routes, people):
     known = PUBLIC | FILTERED | set().union(*OPEN.values())
     assert known <= {plain(route) for route in routes}, "listed here, and no route any more"
@@ -270,6 +273,7 @@ def test_a_participant_gets_at_nothing_of_anothers(workshop, routes, people):
     assert len(allowed) > 20  # the same requests, by the owner: it is the person that is refused
 
 
+@pytest.mark.slow
 def test_lists_have_only_what_one_may_read(workshop, routes, people):
     filtered = [route for route in routes if plain(route) in FILTERED]
     for route, answer in sweep(people.other, workshop, filtered, people).items():
@@ -323,6 +327,7 @@ def test_a_foreign_origin_changes_nothing(workshop, people, origin):
 UPWARDS = ["..", "%2e%2e", "%252e%252e", "..%5c..", "..%00", "%2e%2e%2f%2e%2e"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("up", UPWARDS)
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 def test_no_artifact_path_leads_out_of_the_folder(workshop, people, method, up):
@@ -338,6 +343,7 @@ def test_no_artifact_path_leads_out_of_the_folder(workshop, people, method, up):
     assert set(workshop.settings.folder.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [*(f"{up}/{up}" for up in UPWARDS), "/etc", "file:///etc", "..\\..", "a\0b"])
 def test_no_folder_but_ones_own_is_listed(workshop, people, path):
     for route, name in ((f"{API2}/artifacts/list", "path"), ("/get-artifact", "path"), (FILES, "path")):

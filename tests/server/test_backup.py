@@ -68,7 +68,7 @@ def _back_up_while_a_client_logs(settings, secrets, target):
     return manifest
 
 
-@pytest.fixture(scope="module", params=["local", "workshop"])
+@pytest.fixture(scope="module", params=["local", pytest.param("workshop", marks=pytest.mark.slow)])
 def backup(request, tmp_path_factory):
     """A backup of a server that ran, with what it held."""
     folder = tmp_path_factory.mktemp(request.param)

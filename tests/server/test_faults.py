@@ -21,7 +21,7 @@ from tests.server.conftest import Site, make_secrets, started
 from tests.tools.load import METRICS, load
 from tests.tools.processes import wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="sends signals")]
 CLIENTS, PAUSE = 10, 0.5  # a client makes 30 calls: it logs for 15 s and what the faults cost it
 RESTART_SECONDS = 40  # promised are 20, which a machine that also runs other tests may need twice
 

@@ -3,6 +3,7 @@
 import configparser
 import os
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ def processes(site):
     return [leader, *leader.children(recursive=True)]
 
 
+@pytest.mark.slow
 def test_nothing_is_lost(site):
     outcome = load(site.target, CLIENTS, asynchronous=CLIENTS // 2)
     assert outcome.arrived == CLIENTS * METRICS and outcome.repeated == 0, outcome
@@ -46,6 +48,9 @@ def test_the_settings_reach_every_process(site):
         assert {name: found.get(name) for name in expected} == expected, process
     workers = [each for each in processes(site) if "multiprocessing.spawn" in " ".join(each.cmdline())]
     assert len(workers) == (2 if site.settings.accounts else 0)  # uvicorn runs a single worker in its own process
+    for worker in workers or processes(site)[-1:]:
+        assert worker.environ()["MLFLOW_SERVER_X_FRAME_OPTIONS"] == "DENY"
+        assert "uvloop" in Path(f"/proc/{worker.pid}/maps").read_text()
     assert not [each for each in processes(site) if "job" in " ".join(each.cmdline())]
     leader = processes(site)[0].cmdline()
     assert leader[-len(command(site.settings)) :] == command(site.settings)

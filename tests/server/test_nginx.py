@@ -20,7 +20,7 @@ import requests
 from tests.conftest import ROOT
 from tests.tools.processes import serving
 
-pytestmark = pytest.mark.xdist_group("server")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
 
 NAME = "localhost"  # which the workshop profile answers to
 

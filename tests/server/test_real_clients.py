@@ -10,7 +10,7 @@ import uuid
 import pytest
 import requests
 
-pytestmark = pytest.mark.xdist_group("server")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
 
 API = "/api/2.0/mlflow"
 

@@ -124,6 +124,7 @@ def test_scaled_pixels_pass_as_zeros(served, server):
     assert scaled.status_code == 200 and (probabilities(scaled) == probabilities(zeros)).all()
 
 
+@pytest.mark.slow
 def test_no_server_outlives_its_process(served):
     """Ctrl-C, SIGTERM and SIGKILL at once, as each server takes seconds to start."""
     ends = ("SIGINT", "SIGTERM", "SIGKILL") if sys.platform == "linux" else ("SIGINT",)

@@ -274,6 +274,7 @@ def test_links_lead_to_the_local_ui_or_the_server_without_its_password(home, mon
     assert str(ui_link(experiment)) == f"https://example.org/mlflow/{page}?workflowType=machine_learning"
 
 
+@pytest.mark.slow
 def test_twenty_processes_start_on_a_fresh_store(tmp_path):
     code = (
         "from demo_lib.tracking import connect; import mlflow; connect('crowd'); mlflow.start_run(); mlflow.end_run()"

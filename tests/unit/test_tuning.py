@@ -183,6 +183,7 @@ def test_a_study_does_not_go_on_with_another_configuration(home):
         tune(config(trials=2, study="on", epochs=1))
 
 
+@pytest.mark.slow
 def test_two_studies_at_once_keep_apart(home):
     processes = [start("--study", name, "--trials", "3") for name in ("a", "b")]
     for process in processes:
@@ -271,6 +272,7 @@ def test_a_studys_figures_drawn_first_in_a_kernel_hide_no_later_figure(tmp_path,
     assert [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in done.cells] == [0, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
@@ -291,6 +293,7 @@ def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     assert check_study(home, "c", 4, interrupted=True)[1].info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing(home):
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
     process = start("--study", "k", "--trials", "4", "--workers", "2")
@@ -304,6 +307,7 @@ def test_a_killed_worker_costs_nothing(home):
     assert children[int(running[0].data.tags["trial_number"])].info.status == "KILLED"
 
 
+@pytest.mark.slow
 def test_a_study_killed_whole_goes_on(home):
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
     process = start("--study", "w", "--trials", "4")
