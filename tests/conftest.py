@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.tools.processes import PATIENCE
+
 pytest.register_assert_rewrite("tests.notebooks.checks", "tests.notebooks.pages")
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PACKAGE = Path("/usr/share/datasets/fashion-mnist")
@@ -79,7 +81,7 @@ def cli(home):
             capture_output=True,
             text=True,
             env=os.environ | environment,
-            timeout=280,
+            timeout=PATIENCE,
             cwd=home,
         )
 

@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 
-from demo_lib.batch import LESSONS, lessons
+from demo_lib.batch import lessons
 from demo_lib.tracking import connect, own_name, ui_link
 
 import mlflow
 import nbformat
+import papermill as pm
 import pytest
 from mlflow import MlflowClient
 
@@ -16,7 +17,7 @@ from server.client import as_admin
 from server.progress import progress
 from tests.notebooks.checks import check_lesson
 from tests.notebooks.pages import check_page
-from tests.tools.lessons import defaults
+from tests.tools.lessons import defaults, params_of, read
 
 pytestmark = pytest.mark.xdist_group("browser")
 NAMES = [path.stem for path in lessons()]
@@ -66,9 +67,11 @@ def test_a_participant_runs_a_lesson_top_to_bottom_without_red(name, lab, browse
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_lesson_runs_again_under_nbval(name, lab, as_lea, tmp_path):
+def test_a_lesson_runs_again_with_other_parameters_under_nbval(name, lab, as_lea, tmp_path):
+    notebook = pm.parameterize.parameterize_notebook(read(name), params_of(name))
+    nbformat.write(notebook, lab.home / "notebooks" / f"nbval_{name}.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["--rootdir", str(LESSONS), "-c", os.devnull, str(LESSONS / f"{name}.ipynb")]
+    command += ["--rootdir", str(lab.home), "-c", os.devnull, str(lab.home / "notebooks" / f"nbval_{name}.ipynb")]
     # A pytest in pytest's own folder would make that folder root's only, and PostgreSQL lives there as another user.
     command += ["--basetemp", str(tmp_path / "nbval")]
     done = subprocess.run(command, capture_output=True, text=True)

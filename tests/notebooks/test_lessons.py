@@ -12,37 +12,10 @@ import pytest
 
 from tests.notebooks.checks import check_lesson
 from tests.notebooks.pages import check_html, check_logged_figures, check_page
-from tests.tools.lessons import defaults
+from tests.tools.lessons import defaults, params_of, read
 from tests.tools.processes import scoring_servers, team_servers, wait_until
 
 NAMES = [path.stem for path in lessons()]
-OTHER = {
-    "train_images": 1_500,
-    "epochs": 3,
-    "batch_size": 64,
-    "learning_rate": 0.005,
-    "weight_decay": 0.0,
-    "channels": 8,
-    "dropout": 0.1,
-    "flip": True,
-    "log_every": 7,
-    "seed": 4,
-    "device": "cpu",
-    "trials": 5,
-    "max_channels": 8,
-    "study": "other",
-    "min_accuracy": 0.5,
-    "min_gain": 0.01,
-    "model_name": "other",
-    "score_images": 700,
-    "seconds": 0.05,
-    "traced_calls": 3,
-    "steps": 40,
-}
-
-
-def read(name):
-    return nbformat.read(LESSONS / f"{name}.ipynb", as_version=4)
 
 
 def text(name):
@@ -100,10 +73,6 @@ def test_the_parameter_files_fit():
     assert TrainConfig.from_yaml(LESSONS / "params" / "full.yaml").train_images == 60_000
 
 
-def params_of(name):
-    return {key: value for key, value in OTHER.items() if key in pm.inspect_notebook(LESSONS / f"{name}.ipynb")}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_runs_with_other_parameters_as_its_pages_and_the_store_show(name, home, monkeypatch):
     (job,) = jobs = batch.plan([name], params_of(name), home / "build")
@@ -136,4 +105,4 @@ def test_a_failing_cell_leaves_no_server(name, home, tmp_path):
     with pytest.raises(pm.PapermillExecutionError, match="ZeroDivisionError"):
         pm.execute_notebook(tmp_path / "failing.ipynb", tmp_path / "out.ipynb", params, progress_bar=False)
     assert "http://127.0.0.1:" in (tmp_path / "out.ipynb").read_text()
-    wait_until(lambda: not servers(home), seconds=20)
+    wait_until(lambda: not servers(home))

@@ -10,7 +10,7 @@ import pytest
 
 from server.background import launch
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings
-from tests.tools.processes import team_servers, wait_until
+from tests.tools.processes import PATIENCE, team_servers, wait_until
 
 KILLED = """
 import os, sys
@@ -34,6 +34,6 @@ def test_what_start_refuses_is_raised_whatever_the_environment_has(tmp_path, mon
 def test_nothing_is_left_when_the_process_that_launched_it_is_killed(home, tmp_path):
     port = free_port()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "server"), str(port)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (-9, f"http://127.0.0.1:{port}"), done.stderr
     wait_until(lambda: not team_servers(home))

@@ -19,6 +19,7 @@ from server.process import running
 from server.readiness import examine
 from server.settings import Secrets, ServerSettings
 from tests.server.conftest import make_secrets
+from tests.tools.processes import PATIENCE
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -38,7 +39,7 @@ def test_a_good_server_passes(local, workshop):
 def test_the_command_exits_with_1_and_names_what_fails(tmp_path):
     environment = os.environ | {"MLFLOW_DEMO_SERVER_FOLDER": str(tmp_path), "MLFLOW_DEMO_SERVER_PORT": str(free_port())}
     done = subprocess.run(
-        [sys.executable, "-m", "server", "check"], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "server", "check"], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 1 and "FIX   process" in done.stdout and done.stderr == ""
 

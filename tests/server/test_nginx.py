@@ -50,7 +50,7 @@ def proxy(workshop, tmp_path_factory):
     main.write_text(whole(folder, render(folder, proxy, workshop.settings.port), ready := free_port()))
     command = [nginx, "-p", str(folder), "-c", str(main), "-e", str(folder / "error.log")]
     subprocess.run([*command, "-t"], check=True, capture_output=True)
-    with serving([*command, "-g", "daemon off;"], f"http://127.0.0.1:{ready}", seconds=10):
+    with serving([*command, "-g", "daemon off;"], f"http://127.0.0.1:{ready}"):
         yield proxy
 
 

@@ -10,6 +10,8 @@ import uuid
 import pytest
 import requests
 
+from tests.tools.processes import PATIENCE
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
 
 API = "/api/2.0/mlflow"
@@ -36,7 +38,7 @@ def curl(workshop, login, tmp_path):
     def call(path, body=None):
         command = ["curl", "--silent", "--show-error", "--fail-with-body", "--netrc-file", str(netrc)]
         command += [] if body is None else ["--json", json.dumps(body)]
-        done = subprocess.run([*command, f"{workshop.url}{path}"], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([*command, f"{workshop.url}{path}"], capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 
@@ -51,7 +53,9 @@ def mlflow(workshop, login, tmp_path):
 
     def call(*arguments):
         command = [sys.executable, "-m", "mlflow", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | known)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path, env=os.environ | known
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 from demo_lib.config import sqlite_uri
@@ -20,7 +21,7 @@ from server.database import check_database, database, database_address, postgres
 from server.process import auth_config, read_state, refuse, running
 from server.settings import PREFIX, Secrets, ServerError, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
-from tests.tools.processes import normal_signals, wait_until
+from tests.tools.processes import PATIENCE, normal_signals, wait_until
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -236,7 +237,7 @@ def test_a_server_that_ends_at_once_says_why_without_secrets(tmp_path, monkeypat
 
 def test_stop_says_that_nothing_runs(tmp_path):
     process = command(tmp_path, "stop")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (0, "") and "no server runs" in output
 
 
@@ -252,7 +253,7 @@ def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
         f"{PREFIX}{name.upper()}": getattr(drawn, name).get_secret_value() for name in ("admin_password", "secret_key")
     }
     server = command(tmp_path, "start", **given)
-    assert "server on" in server.stdout.readline(), server.communicate(timeout=30)
+    assert "server on" in server.stdout.readline(), server.communicate(timeout=PATIENCE)
     processes = tree(server.pid)
     postgres = int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0])
     assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).ok and len(processes) >= 4
@@ -262,9 +263,9 @@ def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
         if "killed" in end:
             server.kill()
         done = command(tmp_path, "stop", **given)
-        assert done.communicate(timeout=60)[0] == "stopped.\n"
-    server.communicate(timeout=60)
+        assert done.communicate(timeout=PATIENCE)[0] == "stopped.\n"
+    server.communicate(timeout=PATIENCE)
     assert server.returncode == (-signal.SIGKILL if "killed" in end else 0)
-    wait_until(lambda: not psutil.pid_exists(postgres) or psutil.Process(postgres).status() == "zombie", 20)
+    wait_until(lambda: not psutil.pid_exists(postgres) or psutil.Process(postgres).status() == "zombie")
     assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert Path(postgres_tool("pg_ctl")).is_file() and not (tmp_path / "server.json").exists()

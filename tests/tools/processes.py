@@ -15,6 +15,8 @@ from demo_lib.processes import free_port
 import psutil
 import requests
 
+PATIENCE = 300  # seconds until something counts as hanging: a busy machine takes many times what a quiet one does
+
 
 def normal_signals() -> None:
     """Undo in a new process (`preexec_fn`) that a shell's background jobs ignore Ctrl-C, and those of nohup SIGHUP."""
@@ -49,7 +51,7 @@ def _processes(marks: dict[str, str | None], *words: str) -> list[int]:
     return found
 
 
-def wait_until(true, seconds: float = 60) -> None:
+def wait_until(true, seconds: float = PATIENCE) -> None:
     """Wait until `true()` is; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -70,7 +72,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def serving(command: list[str], address: str, seconds: float = 90, **options) -> Iterator[subprocess.Popen]:
+def serving(command: list[str], address: str, seconds: float = PATIENCE, **options) -> Iterator[subprocess.Popen]:
     """Run a server until the block ends, from when its address answers."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, start_new_session=True, **quiet, **options)
@@ -80,7 +82,7 @@ def serving(command: list[str], address: str, seconds: float = 90, **options) ->
     finally:
         with suppress(ProcessLookupError):  # a test may have ended it
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def _wait_for(process: subprocess.Popen, address: str, deadline: float) -> None:

@@ -20,7 +20,7 @@ from bs4 import BeautifulSoup
 from mlflow import MlflowClient
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tests.tools.processes import normal_signals
+from tests.tools.processes import PATIENCE, normal_signals
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -161,7 +161,7 @@ def test_an_interrupt_ends_everything_killed_and_keeps_what_was_done(home, noteb
     while not (tmp_path / "started").exists() and time.monotonic() < patience:
         time.sleep(0.1)
     process.send_signal(signum)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == (130 if signum == signal.SIGINT else -signal.SIGTERM), errors
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
     parent, children = runs_of_batch()
@@ -193,9 +193,13 @@ def test_a_full_disk_does_not_replace_a_good_notebook(home, notebook, tmp_path, 
     assert not again[0].kept and table(again).splitlines()[1].endswith("  -")
 
 
-def test_cores_are_shared_out(home, notebook, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("chosen", "threads"), [(None, 3), ("5", 5)])
+def test_cores_are_shared_out_unless_the_user_has_chosen(home, notebook, tmp_path, monkeypatch, chosen, threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     show = "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
     jobs = plan([notebook(name, "number: int = 1", show) for name in "ab"], {}, tmp_path / "build")
     batch.run(jobs, workers=2, progress=False)
-    assert all("threads 3" in job.output.read_text() for job in jobs)
+    assert all(f"threads {threads}" in job.output.read_text() for job in jobs)

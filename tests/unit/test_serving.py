@@ -137,7 +137,7 @@ def test_no_server_outlives_its_process(served):
         script.send_signal(getattr(signal, name))
         script.wait(30)
         with script.stdout:
-            wait_until(lambda url=url: refuses(url), seconds=20)
+            wait_until(lambda url=url: refuses(url))
 
 
 def refuses(url):

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from tests.tools.pictures import is_whole
-from tests.tools.processes import normal_signals
+from tests.tools.processes import PATIENCE, normal_signals
 
 TINY = {"train_images": 300, "epochs": 2, "max_channels": 4, "device": "cpu", "prune": False}
 ENDS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
@@ -79,7 +79,7 @@ def start(*arguments):
 
 def await_children(count):
     """Wait until so many trials have begun and one is running."""
-    patience = time.monotonic() + 90
+    patience = time.monotonic() + PATIENCE
     while time.monotonic() < patience:
         if MlflowClient().get_experiment_by_name("tune"):
             children = family()[1].values()
@@ -187,7 +187,7 @@ def test_a_study_does_not_go_on_with_another_configuration(home):
 def test_two_studies_at_once_keep_apart(home):
     processes = [start("--study", name, "--trials", "3") for name in ("a", "b")]
     for process in processes:
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     mlflow.set_tracking_uri(f"sqlite:///{home}/store/mlflow.db")
     client = MlflowClient()
@@ -214,7 +214,7 @@ def test_a_study_goes_on_in_the_experiment_of_its_parent(home):
 
 
 def test_optunas_plots_leave_the_style_of_others_alone(home):
-    before = dict(plt.rcParams)
+    before, open_figures = dict(plt.rcParams), plt.get_fignums()
     study = open_study(config(), "memory")
     study.optimize(lambda trial: suggest(trial, config()).dropout, n_trials=5)
     assert list(study_figures(study)) == [
@@ -223,7 +223,7 @@ def test_optunas_plots_leave_the_style_of_others_alone(home):
         "param_importances",
         "parallel_coordinates",
     ]
-    assert dict(plt.rcParams) == before and not plt.get_fignums()
+    assert dict(plt.rcParams) == before and plt.get_fignums() == open_figures
 
 
 @pytest.mark.parametrize("trials", [1, 4, 12, 30])
@@ -279,7 +279,7 @@ def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     process = start("--study", "c", "--trials", "4", "--workers", workers)
     await_children(2)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert "the same command or call goes on with study 'c'" in output
     parents, children = family()
@@ -287,7 +287,7 @@ def test_ctrl_c_ends_everything_killed_and_the_study_goes_on(home, workers):
     assert {run.info.status for run in children.values()} <= {"KILLED", "FINISHED"}
     assert "KILLED" in {run.info.status for run in children.values()}
     again = start("--study", "c", "--trials", "4", "--workers", workers)
-    output, errors = again.communicate(timeout=200)
+    output, errors = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, errors
     assert re.search(r"best of 4 trials", output)
     assert check_study(home, "c", 4, interrupted=True)[1].info.status == "FINISHED"
@@ -300,7 +300,7 @@ def test_a_killed_worker_costs_nothing(home):
     await_children(2)
     running = [run for run in family()[1].values() if run.info.status == "RUNNING"]
     os.kill(int(running[0].data.tags["process"].split(":")[-2]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     study, parent, children = check_study(home, "k", 4)
     assert parent.info.status == "FINISHED" and len(study.trials) == 5
@@ -315,7 +315,7 @@ def test_a_study_killed_whole_goes_on(home):
     process.kill()
     process.wait(30)
     again = start("--study", "w", "--trials", "4")
-    _, errors = again.communicate(timeout=200)
+    _, errors = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, errors
     _, parent, _ = check_study(home, "w", 4)
     assert parent.info.status == "FINISHED"
@@ -343,6 +343,8 @@ with mlflow.start_run() as parent:
 
 
 def test_a_worker_stopped_in_the_middle_of_a_query_ends_its_trial(home):
-    ended = subprocess.run([sys.executable, "-c", WORKER], env=os.environ, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", WORKER], env=os.environ, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert [trial.state for trial in open_study(config(study="q")).trials] == [optuna.trial.TrialState.FAIL]
