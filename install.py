@@ -25,13 +25,15 @@ def main() -> None:
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
     dev = parser.parse_args().dev
     try:
-        if not UV.exists():
+        if not (PYTHON.exists() and UV.exists()):
             run(sys.executable, "-m", "venv", VENV)
             run(PYTHON, "-m", "pip", "install", "--quiet", "uv")
         project = f"{ROOT}[dev]" if dev else ROOT
         run(UV, "pip", "install", "--compile-bytecode", *PINS, *torch_backend(), "--editable", project)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # the command has said why
+    except KeyboardInterrupt:
+        sys.exit(130)
     for name in (".installed", ".installed-dev") if dev else (".installed",):
         (VENV / name).touch()
 
@@ -50,7 +52,10 @@ def torch_backend() -> list[str]:
     )
     if tried.returncode == 0:
         return choice
-    print("PyTorch's own index can't be used here: taking the usual index's PyTorch, on Linux with 3 GB for GPUs.")
+    print(
+        "PyTorch's own index can't be used here: taking the usual index's build, on Linux with 3 GB for GPUs "
+        "(UV_TORCH_BACKEND=cpu insists on the small one)."
+    )
     return []
 
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from demo_lib.batch import lessons
+from demo_lib.batch import LESSONS, lessons
 from demo_lib.tracking import connect, own_name, ui_link
 
 import mlflow
@@ -17,7 +17,7 @@ from server.client import as_admin
 from server.progress import progress
 from tests.notebooks.checks import check_lesson
 from tests.notebooks.pages import check_page
-from tests.tools.lessons import defaults, params_of, read
+from tests.tools.lessons import defaults, params_of
 
 pytestmark = pytest.mark.xdist_group("browser")
 NAMES = [path.stem for path in lessons()]
@@ -68,7 +68,8 @@ def test_a_participant_runs_a_lesson_top_to_bottom_without_red(name, lab, browse
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_runs_again_with_other_parameters_under_nbval(name, lab, as_lea, tmp_path):
-    notebook = pm.parameterize.parameterize_notebook(read(name), params_of(name))
+    lesson = pm.iorw.load_notebook_node(str(LESSONS / f"{name}.ipynb"))
+    notebook = pm.parameterize.parameterize_notebook(lesson, params_of(name))
     nbformat.write(notebook, lab.home / "notebooks" / f"nbval_{name}.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["--rootdir", str(lab.home), "-c", os.devnull, str(lab.home / "notebooks" / f"nbval_{name}.ipynb")]
@@ -78,6 +79,15 @@ def test_a_lesson_runs_again_with_other_parameters_under_nbval(name, lab, as_lea
     assert done.returncode == 0, done.stdout[-3000:]
     runs = mlflow.search_runs(experiment_names=[own_name(name)], output_format="list")
     assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
+
+
+@pytest.mark.slow
+def test_a_participant_runs_lessons_by_batch(lab, as_lea):
+    command = [sys.executable, "-m", "demo_lib", "run", "--jobs", "2", "00", "01", "--output", str(lab.home / "build")]
+    done = subprocess.run([*command, "-p", "train_images", "600"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = mlflow.search_runs(experiment_names=["lea/batch"], output_format="list")
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
 
 
 @pytest.mark.slow
