@@ -185,7 +185,7 @@ def _unseen(versions: list[ModelVersion]) -> tuple[Split, int]:
         if (digest := run.data.tags.get("data_digest")) != data.digest:
             raise RegistryError(
                 f"version {number} of {versions[0].name!r} was trained on other data (digest {digest}) than there is "
-                f"here ({data.name}, digest {data.digest}): promote it where its data is."
+                f"here ({data.name}, digest {data.digest}): promote it where its data is, or take another model name."
             )
     seen = {image.tobytes() for config in others for image in load_data(config).train.images.numpy()}
     keep = [place for place, image in enumerate(data.validation.images.numpy()) if image.tobytes() not in seen]

@@ -26,8 +26,7 @@ from server.settings import LOOPBACK, PREFIX, SHORTEST_PASSWORD, Secrets, Server
 
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
 # Its default of 5 s ends workers that are only busy, and breaks off the answers that they were sending.
-# Its own loop leaves Nagle's algorithm on in workers, which holds back each answer for 40 ms; uvloop turns it off.
-UVICORN = f"--log-level=warning --timeout-worker-healthcheck=60 --loop={'asyncio' if os.name == 'nt' else 'uvloop'}"
+UVICORN = "--log-level=warning --timeout-worker-healthcheck=60"
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 CACHE_SECONDS = 60  # for which a worker remembers that a password was right: checking it takes most of a request
 
