@@ -1,8 +1,8 @@
 """Install the lessons into .venv: `python3 install.py`, with `--dev` what the tests need too. `make setup` calls it.
 
-PyTorch comes as the build for this machine: on Linux without a GPU's driver that saves 3 GB of CUDA libraries. Those
-builds have an index of their own; where it can't be reached, the usual index's build is taken. `UV_TORCH_BACKEND`,
-when set, decides instead (https://docs.astral.sh/uv/guides/integration/pytorch).
+PyTorch comes as the build for this machine: on Linux without a GPU's driver that saves 3 GB of CUDA libraries. These
+builds are in PyTorch's own package index; where it can't be reached, PyTorch comes from your usual index, PyPI or
+another. `UV_TORCH_BACKEND`, when set, decides instead (https://docs.astral.sh/uv/guides/integration/pytorch).
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+OLDEST, NEWEST = (3, 11), (3, 14)
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN, SUFFIX = (VENV / "Scripts", ".exe") if os.name == "nt" else (VENV / "bin", "")
@@ -21,6 +22,8 @@ ONE_TRY = {"UV_HTTP_RETRIES": "0", "UV_HTTP_TIMEOUT": "5", "UV_HTTP_CONNECT_TIME
 
 def main() -> None:
     """Make the environment, install, and leave the files by which make knows that it is done."""
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        sys.exit(f"Python {sys.version.split()[0]} doesn't do: use 3.11 to 3.14, as in `make setup PYTHON=python3.12`.")
     parser = argparse.ArgumentParser(description="Install the lessons into .venv.")
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
     dev = parser.parse_args().dev
@@ -53,8 +56,8 @@ def torch_backend() -> list[str]:
     if tried.returncode == 0:
         return choice
     print(
-        "PyTorch's own index can't be used here: taking the usual index's build, on Linux with 3 GB for GPUs "
-        "(UV_TORCH_BACKEND=cpu insists on the small one)."
+        "PyTorch's own package index (download.pytorch.org) can't be used here: taking PyTorch from your usual index, "
+        "on Linux with 3 GB of libraries for GPUs."
     )
     return []
 

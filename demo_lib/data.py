@@ -23,7 +23,8 @@ CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # Zalando's own
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
-SPLIT = "a twelfth, classes in turn"  # another way to split is other data: the gate must know who has seen which images
+# Another way to split is other data: the gate must know who has seen which images.
+SPLIT = "classes in turn, the last twelfth held out"
 RAW = Path("FashionMNIST", "raw")  # where torchvision's class looks below its root
 
 # SHA-256 of the four files, uncompressed: Zalando's originals, and the stratified sample that ships with the library.
@@ -63,7 +64,7 @@ class Split:
 
 @dataclass(frozen=True)
 class FashionData:
-    """The three splits, what they are a part of (`name`), where they came from (`source`), and `digest`."""
+    """The three splits, what they are a part of (`name`), where they were read (`source`), and `digest`."""
 
     train: Split
     validation: Split
@@ -79,7 +80,7 @@ class FashionData:
 
 @dataclass(frozen=True)
 class Source:
-    """The content of the four raw files by name, checked against `sha256`, and where it is from: in words, a folder."""
+    """The content of the four raw files by name, checked against `sha256`, and its place: `text` in words, `folder`."""
 
     text: str
     folder: Path
@@ -106,24 +107,26 @@ class Source:
 
 
 def load_data(config: TrainConfig | None = None) -> FashionData:
-    """Find Fashion-MNIST and return its splits, fixed by `config.seed`, stratified by class, never overlapping.
+    """Find Fashion-MNIST and return its splits, fixed by `config.seed` and `train_images`, stratified by class.
 
-    A twelfth of the training images is the validation split (5,000 of 60,000); the test split is always whole.
+    A twelfth of the training images is the validation split (5,000 of 60,000); the test split is always whole. With
+    one seed, no size has in its training split what another has in its validation split.
 
     Raises:
-        DataError: a file is truncated, altered or unreadable, or the cache can't be written.
+        DataError: a file is missing, truncated, altered or unreadable, or the cache can't be written.
     """
     config = config or TrainConfig()
     source = find_data()
     known = source.split("train")
-    size = min(config.train_images, len(known))
-    parts = _stratified_order(known.labels, config.seed)[:size].tensor_split([size // 12])
-    validation, train = (Split(known.images[part], known.labels[part]) for part in parts)
+    order, size = _stratified_order(known.labels, config.seed), min(config.train_images, len(known))
+    held_out = size // 12
+    parts = order[: size - held_out], order[-held_out:]
+    train, validation = (Split(known.images[part], known.labels[part]) for part in parts)
     return FashionData(train, validation, source.split("t10k"), source.name, source.text, source.digest)
 
 
 def _stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return the images' indices class after class in turn, each class in an order drawn from the seed.
+    """Return the images' indices, one of each class in turn, the images of a class in an order drawn from the seed.
 
     All classes have the same number of images, so any stretch holds each of them equally often, give or take one.
     """
@@ -138,7 +141,7 @@ def batches(
     """Yield images as float32 in [0, 1], shape (B, 1, 28, 28), with their labels.
 
     Each batch is one index selection from memory on the split's device; a generator on the CPU shuffles, so that the
-    order is the same on every device, and with `flip` mirrors each image with probability 1/2.
+    order is the same on every device. With `flip` each image is mirrored with probability 1/2.
     """
     device = split.labels.device
     order = torch.arange(len(split)) if generator is None else torch.randperm(len(split), generator=generator)
@@ -171,14 +174,18 @@ def find_data() -> Source:
 
 def _fill(cache: Path, download: bool) -> bool:
     """Fill the cache from Debian's package or the download; False where neither is to be had."""
-    files = _read(DEBIAN, FULL_SHA256) if DEBIAN.is_dir() else _download(cache) if download else {}
+    files = {}
+    if DEBIAN.is_dir():
+        files = _read(DEBIAN, FULL_SHA256)
+    elif download:
+        files = _download(cache)
     for name, content in files.items():
         _write(cache / RAW / name, content)
     return bool(files)
 
 
 def _download(cache: Path) -> dict[str, bytes]:
-    """Let torchvision download the files and return them as `_read` does; none where they can't be reached."""
+    """Let torchvision download the files and return them as `_read` does; none where that fails."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
         try:
             from torchvision.datasets import FashionMNIST  # here only: it takes seconds to load
@@ -212,14 +219,12 @@ def _write(target: Path, content: bytes) -> None:
     """Write beside the target and rename, so that a crash or a full disk leaves no half file under its name."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".partial-", delete=False) as file:
-            partial = Path(file.name)
-            try:
-                file.write(content)
-                file.flush()
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
+        partial = target.with_name(f".partial-{target.name}")  # one process at a time fills the cache
+        try:
+            partial.write_bytes(content)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(_cannot_store(target.parent, error)) from None
 

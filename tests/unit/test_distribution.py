@@ -10,6 +10,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import install
+
 CONDA_NAMES = {"pytorch-cpu": "torch"}
 
 
@@ -43,6 +45,12 @@ def test_the_pins_satisfy_the_ranges_and_have_no_address():
         pins.setdefault(name, set()).add(version)
     for name, specifier in ranges(project()["dependencies"] + project()["optional-dependencies"]["dev"]).items():
         assert pins[name] and all(specifier.contains(version) for version in pins[name]), name
+
+
+def test_install_takes_the_pythons_of_pyproject():
+    allowed = Requirement(f"python{project()['requires-python']}").specifier
+    minors = [minor for minor in range(30) if allowed.contains(f"3.{minor}")]
+    assert ((3, minors[0]), (3, minors[-1])) == (install.OLDEST, install.NEWEST)
 
 
 def tracked():

@@ -157,7 +157,7 @@ def test_where_pytorchs_index_cannot_be_reached_the_usual_one_is_taken_and_one_l
         done, installed, _ = install(HTTPS_PROXY=f"http://127.0.0.1:{port}")
     assert done.returncode == 0, done.stderr
     assert installed == {"torch": USUAL, "torchvision": USUAL, "ruff": None}
-    assert len(done.stdout.splitlines()) == 1 and "PyTorch's own index can't be used here" in done.stdout
+    assert len(done.stdout.splitlines()) == 1 and "(download.pytorch.org) can't be used here" in done.stdout
 
 
 def test_a_backend_of_the_users_choice_is_left_alone(install):
