@@ -50,5 +50,5 @@ clean:
 $(INSTALLED): install.py pyproject.toml constraints.txt
 	$(PYTHON) install.py
 
-$(DEVELOPER): install.py pyproject.toml constraints.txt
+$(DEVELOPER): $(INSTALLED)
 	$(PYTHON) install.py --dev

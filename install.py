@@ -5,6 +5,8 @@ builds are in PyTorch's own package index; where it can't be reached, PyTorch co
 another. `UV_TORCH_BACKEND`, when set, decides instead (https://docs.astral.sh/uv/guides/integration/pytorch).
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import subprocess
@@ -17,6 +19,9 @@ VENV = ROOT / ".venv"
 BIN, SUFFIX = (VENV / "Scripts", ".exe") if os.name == "nt" else (VENV / "bin", "")
 PYTHON, UV = BIN / f"python{SUFFIX}", BIN / f"uv{SUFFIX}"
 PINS = ["--python", PYTHON, "--constraints", ROOT / "constraints.txt"]
+# Without what would lead pip and Python elsewhere than into .venv.
+ELSEWHERE = {"PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONPATH", "PYTHONHOME"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
 ONE_TRY = {"UV_HTTP_RETRIES": "0", "UV_HTTP_TIMEOUT": "5", "UV_HTTP_CONNECT_TIMEOUT": "5"}  # seconds
 
 
@@ -28,8 +33,8 @@ def main() -> None:
     parser.add_argument("--dev", action="store_true", help="with what the tests need")
     dev = parser.parse_args().dev
     try:
-        if not (PYTHON.exists() and UV.exists()):
-            run(sys.executable, "-m", "venv", VENV)
+        if not is_usable():
+            run(sys.executable, "-m", "venv", "--clear", VENV)
             run(PYTHON, "-m", "pip", "install", "--quiet", "uv")
         project = f"{ROOT}[dev]" if dev else ROOT
         run(UV, "pip", "install", "--compile-bytecode", *PINS, *torch_backend(), "--editable", project)
@@ -37,8 +42,19 @@ def main() -> None:
         sys.exit(error.returncode)  # the command has said why
     except KeyboardInterrupt:
         sys.exit(130)
-    for name in (".installed", ".installed-dev") if dev else (".installed",):
-        (VENV / name).touch()
+    (VENV / (".installed-dev" if dev else ".installed")).touch()
+
+
+def is_usable() -> bool:
+    """Whether .venv is an environment of this Python's version with a uv that runs: an interrupted one is made anew."""
+    checks = f"import sys; sys.exit(sys.prefix == sys.base_prefix or sys.version_info[:2] != {sys.version_info[:2]})"
+    try:
+        return not any(
+            subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode
+            for command in ([PYTHON, "-c", checks], [UV, "--version"])
+        )
+    except OSError:
+        return False
 
 
 def torch_backend() -> list[str]:
@@ -51,7 +67,7 @@ def torch_backend() -> list[str]:
         input="torch\ntorchvision\n",
         text=True,
         capture_output=True,
-        env=os.environ | ONE_TRY,
+        env={**ENVIRONMENT, **ONE_TRY},
     )
     if tried.returncode == 0:
         return choice
@@ -64,7 +80,7 @@ def torch_backend() -> list[str]:
 
 def run(*command: str | Path) -> None:
     """Run the command in the repository, so that its output is seen."""
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, check=True)
 
 
 if __name__ == "__main__":

@@ -22,4 +22,6 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-gc.set_threshold(10_000)  # with Python's 700 or 2,000, looking for garbage is a sixth of the time that imports take
+# With Python's 700 or 2,000, looking for garbage is a sixth of the time that imports take.
+if 0 < gc.get_threshold()[0] < 10_000:
+    gc.set_threshold(10_000)

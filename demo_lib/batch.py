@@ -138,12 +138,12 @@ def run(jobs: Sequence[Job], workers: int = 0, progress: bool = True) -> str:
     _make_folders(jobs)
     cores = os.cpu_count() or 1
     workers = min(workers or cores, len(jobs))
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // workers))} | os.environ
-    environment |= {
+    environment = os.environ | {
         "MLFLOW_RUN_ID": "",  # a run that `mlflow run` opened is the batch's, not a lesson's
         "MLFLOW_TRACKING_URI": tracking_uri(),  # absolute: a kernel works in the notebook's folder
         "DEMO_HOME": str(settings().home),
         "DEMO_BATCH_ID": uuid.uuid4().hex,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // workers)),
     }
     try:
         for job in jobs[:workers]:

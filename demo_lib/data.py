@@ -8,7 +8,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -202,14 +202,14 @@ def _read(folder: Path, sha256: dict[str, str], repair: str = "replace it by a g
     files = {}
     for name, expected in sha256.items():
         candidates = [folder / RAW / name, folder / name, folder / f"{name}.gz", folder / RAW / f"{name}.gz"]
-        path = next(filter(Path.is_file, candidates), None)
+        path = next(filter(_is_file, candidates), None)
         if path is None:
             raise DataError(f"{folder} has no {name} (nor {name}.gz): put Fashion-MNIST's four files there.")
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                 files[name] = file.read()
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} can't be read ({error}): {repair}.") from None
+            raise DataError(f"{path} can't be read ({error}): make it readable, or {repair}.") from None
         if hashlib.sha256(files[name]).hexdigest() != expected:
             raise DataError(f"{path} is truncated or altered (its SHA-256 differs): {repair}.")
     return files
@@ -230,7 +230,13 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def _has_all(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FULL_SHA256)
+    return all(_is_file(folder / name) for name in FULL_SHA256)
+
+
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):  # a folder that this user may not look into
+        return path.is_file()
+    return False
 
 
 def _cannot_store(folder: Path, error: OSError) -> str:

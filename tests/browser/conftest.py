@@ -16,6 +16,7 @@ from server.client import as_admin
 from server.participants import add
 from tests.browser.chromium import chromium
 from tests.server.conftest import Site, workshop_in
+from tests.tools.packages import missing
 from tests.tools.processes import serving
 
 
@@ -24,7 +25,7 @@ def browser():
     """Debian's Chromium; without it these tests are skipped, except in CI, where they fail."""
     with chromium() as browser:
         if browser is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium here: install the package chromium")
+            missing("chromium")
         yield browser
 
 

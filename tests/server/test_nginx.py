@@ -3,7 +3,6 @@
 import getpass
 import http.client
 import os
-import shutil
 import ssl
 import subprocess
 import uuid
@@ -18,6 +17,8 @@ import pytest
 import requests
 
 from tests.conftest import ROOT
+from tests.tools.certificates import make_certificate
+from tests.tools.packages import find_program
 from tests.tools.processes import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
@@ -40,11 +41,9 @@ class Proxy:
 
 @pytest.fixture(scope="module")
 def proxy(workshop, tmp_path_factory):
-    nginx = shutil.which("nginx", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin"]))
-    if nginx is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no nginx here: install the package nginx-light")
+    nginx = find_program("nginx-light", "nginx")
     folder = tmp_path_factory.mktemp("nginx")
-    make_certificate(folder)
+    make_certificate(NAME, folder / "mlflow.pem", folder / "mlflow.key")
     proxy = Proxy(free_port(), free_port(), folder / "mlflow.pem")
     main = folder / "nginx.conf"
     main.write_text(whole(folder, render(folder, proxy, workshop.settings.port), ready := free_port()))
@@ -52,20 +51,6 @@ def proxy(workshop, tmp_path_factory):
     subprocess.run([*command, "-t"], check=True, capture_output=True)
     with serving([*command, "-g", "daemon off;"], f"http://127.0.0.1:{ready}"):
         yield proxy
-
-
-def make_certificate(folder):
-    """Make a certificate for the name that signs itself."""
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={NAME}"]
-    command += [
-        "-addext",
-        f"subjectAltName=DNS:{NAME}",
-        "-keyout",
-        folder / "mlflow.key",
-        "-out",
-        folder / "mlflow.pem",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def render(folder, proxy, port):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import uuid
@@ -10,6 +9,7 @@ import uuid
 import pytest
 import requests
 
+from tests.tools.packages import find_program
 from tests.tools.processes import PATIENCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
@@ -29,14 +29,12 @@ def login(workshop):
 @pytest.fixture
 def curl(workshop, login, tmp_path):
     """Call the REST API with curl, which takes the password from a file, and return the answer."""
-    if shutil.which("curl") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no curl here: install the package curl")
-    netrc = tmp_path / "netrc"
+    program, netrc = find_program("curl", "curl"), tmp_path / "netrc"
     netrc.touch(0o600)
     netrc.write_text(f"machine 127.0.0.1 login {login[0]} password {login[1]}\n")
 
     def call(path, body=None):
-        command = ["curl", "--silent", "--show-error", "--fail-with-body", "--netrc-file", str(netrc)]
+        command = [program, "--silent", "--show-error", "--fail-with-body", "--netrc-file", str(netrc)]
         command += [] if body is None else ["--json", json.dumps(body)]
         done = subprocess.run([*command, f"{workshop.url}{path}"], capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout + done.stderr

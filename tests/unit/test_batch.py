@@ -193,11 +193,11 @@ def test_a_full_disk_does_not_replace_a_good_notebook(home, notebook, tmp_path, 
     assert not again[0].kept and table(again).splitlines()[1].endswith("  -")
 
 
-@pytest.mark.parametrize(("chosen", "threads"), [(None, 3), ("5", 5)])
+@pytest.mark.parametrize(("chosen", "threads"), [(None, 3), ("", 3), ("5", 5)])
 def test_cores_are_shared_out_unless_the_user_has_chosen(home, notebook, tmp_path, monkeypatch, chosen, threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    if chosen:
+    if chosen is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     show = "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
     jobs = plan([notebook(name, "number: int = 1", show) for name in "ab"], {}, tmp_path / "build")

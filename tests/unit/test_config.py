@@ -116,3 +116,9 @@ def test_a_relative_store_becomes_absolute(monkeypatch, tmp_path):
 def test_the_store_of_the_environment_wins(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org")
     assert tracking_uri() == "https://example.org"
+
+
+def test_a_home_of_nobody_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("DEMO_HOME", "~nobody-of-this-name/x")
+    with pytest.raises(ConfigError, match="DEMO_HOME = '~nobody-of-this-name/x' is not allowed"):
+        settings()

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -31,6 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision import datasets
 
+from tests.tools.packages import missing
+
 
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
@@ -54,9 +55,7 @@ def test_the_package_fills_the_cache(empty, monkeypatch, as_full):
 
 def test_the_real_package_has_the_originals(tmp_path, monkeypatch):
     if not data_module.DEBIAN.is_dir():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(
-            "no data here: install the package dataset-fashion-mnist"
-        )
+        missing("dataset-fashion-mnist")
     monkeypatch.setenv("DEMO_HOME", str(tmp_path))
     data = load_data(TrainConfig(train_images=60_000))
     assert (data.name, len(data.train), len(data.validation), len(data.test)) == (
@@ -78,7 +77,7 @@ def test_without_anything_the_sample_is_used_and_named(empty):
 def test_the_sample_is_part_of_the_real_set(template, monkeypatch):
     monkeypatch.setenv("DEMO_HOME", str(template))
     if find_data().name != "fashion-mnist":
-        pytest.skip("the whole set is not on this machine")
+        missing("dataset-fashion-mnist")
     for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
         whole = np.fromfile(template / "data" / RAW / name, np.uint8)[16:].reshape(-1, 784)
         sample = np.frombuffer(gzip.decompress((SAMPLE / f"{name}.gz").read_bytes()), np.uint8)[16:].reshape(-1, 784)
@@ -113,6 +112,16 @@ def test_a_named_folder_without_data_is_refused(empty, monkeypatch):
     with pytest.raises(DataError, match="has no train-images-idx3-ubyte"):
         find_data()
     assert not list((empty / "data").rglob("*ubyte"))
+
+
+def test_a_folder_that_one_may_not_look_into_is_one_sentence(empty, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("DEMO_DATA_DIR", str(empty))
+    monkeypatch.setattr(Path, "is_file", refuse)  # as Python 3.11 does; later ones say False
+    with pytest.raises(DataError, match="has no train-images"):
+        find_data()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "not gzip"])

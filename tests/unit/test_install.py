@@ -16,7 +16,10 @@ from demo_lib.config import ROOT
 
 import pytest
 
+import install as install_module
 from tests.tools import wheels
+from tests.tools.certificates import make_certificate
+from tests.tools.packages import missing
 from tests.tools.wheels import write_index
 
 OWN, USUAL = "2.15.0+own", "2.15.0"  # PyTorch's version in its own index, and in the usual one
@@ -84,19 +87,28 @@ def in_thread(server):
 
 
 @pytest.fixture
-def install(tmp_path):
-    """Run `install.py` in a repository with a usual index, and return what it said and what is installed then."""
-    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if uv is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no uv here")
-    repository = tmp_path / "a repository"
-    repository.mkdir()
-    for name, content in FILES.items():
-        (repository / name).write_text(content)
-    shutil.copy(ROOT / "install.py", repository)
+def uv():
+    """The uv of this environment."""
+    found = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    return found or missing("uv")
+
+
+def make_environment(repository, uv):
+    """Make `.venv` in the repository, with uv and nothing else, and return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", repository / ".venv"], check=True)
     python = repository / ".venv" / "bin" / "python"
     python.with_name("uv").symlink_to(uv)
+    return python
+
+
+@pytest.fixture
+def install(tmp_path, uv):
+    """Run `install.py` in a repository with a usual index, and return what it said and what is installed then."""
+    repository = tmp_path / "a repository"
+    python = make_environment(repository, uv)
+    for name, content in FILES.items():
+        (repository / name).write_text(content)
+    shutil.copy(ROOT / "install.py", repository)
     write_index(tmp_path / "usual", torch=USUAL, torchvision=USUAL, ruff="1")
     usual = {"UV_DEFAULT_INDEX": (tmp_path / "usual").as_uri(), "UV_CACHE_DIR": str(tmp_path / "cache")}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UV_") and name != "NO_PROXY"}
@@ -121,10 +133,8 @@ def install(tmp_path):
 @pytest.fixture
 def own_index(tmp_path):
     """Let PyTorch's host lead to an index on this machine, and give the variables that make clients go there."""
-    key, certificate, host = tmp_path / "key.pem", tmp_path / "certificate.pem", "download.pytorch.org"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={host}"]
-    command += ["-addext", f"subjectAltName=DNS:{host}", "-addext", "basicConstraints=CA:FALSE"]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make_certificate("download.pytorch.org", certificate, key)
     write_index(tmp_path / "own", torch=OWN, torchvision=OWN)
     index = ThreadingHTTPServer(("127.0.0.1", 0), partial(PyTorchIndex, directory=tmp_path / "own"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -136,10 +146,6 @@ def own_index(tmp_path):
         yield {"HTTPS_PROXY": f"http://127.0.0.1:{port}", "SSL_CERT_FILE": str(certificate)}
 
 
-needs_openssl = pytest.mark.skipif(not shutil.which("openssl") and not os.environ.get("CI"), reason="no openssl here")
-
-
-@needs_openssl
 def test_pytorchs_own_index_is_taken_where_it_answers_and_a_learner_gets_no_developers_tools(install, own_index):
     done, installed, marks = install(**own_index)
     assert done.returncode == 0 and not done.stdout, done.stderr
@@ -164,3 +170,34 @@ def test_a_backend_of_the_users_choice_is_left_alone(install):
     done, installed, marks = install(UV_TORCH_BACKEND="cpu", HTTPS_PROXY="http://127.0.0.1:1", UV_HTTP_RETRIES="0")
     assert done.returncode != 0 and "download.pytorch.org" in done.stderr and not done.stdout
     assert not marks and not installed["torch"]
+
+
+BREAKS = {
+    "nothing": lambda python: None,
+    "no uv": lambda python: python.with_name("uv").unlink(),
+    "half a uv": lambda python: replace(python.with_name("uv"), b"half"),
+    "no environment": lambda python: (python.parents[1] / "pyvenv.cfg").unlink(),
+    "no Python": lambda python: (python.unlink(), python.symlink_to("/nowhere/python3")),
+    "another Python": lambda python: replace(python, b"#!/bin/sh\nexit 1\n"),
+}
+
+
+def replace(path, content):
+    path.unlink()
+    path.write_bytes(content)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_broken_environment_is_known_as_one(tmp_path, uv, monkeypatch, broken):
+    python = make_environment(tmp_path, uv)
+    BREAKS[broken](python)
+    monkeypatch.setattr(install_module, "PYTHON", python)
+    monkeypatch.setattr(install_module, "UV", python.with_name("uv"))
+    assert install_module.is_usable() == (broken == "nothing")
+
+
+def test_another_python_is_refused_before_anything_is_made(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(SystemExit, match=r"doesn't do: use 3\.11 to 3\.14"):
+        install_module.main()
