@@ -16,16 +16,13 @@ from server.client import as_admin
 from server.participants import add
 from tests.browser.chromium import chromium
 from tests.server.conftest import Site, workshop_in
-from tests.tools.packages import missing
 from tests.tools.processes import serving
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """Debian's Chromium; without it these tests are skipped, except in CI, where they fail."""
+    """One Chromium for all tests."""
     with chromium() as browser:
-        if browser is None:
-            missing("chromium")
         yield browser
 
 

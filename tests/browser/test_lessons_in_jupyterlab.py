@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from demo_lib.batch import LESSONS, lessons
-from demo_lib.tracking import connect, own_name, ui_link
+from demo_lib.tracking import connect, ui_link
 
 import mlflow
 import nbformat
@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from server.client import as_admin
 from server.progress import progress
-from tests.notebooks.checks import check_lesson
+from tests.notebooks.checks import check_lesson, runs_of
 from tests.notebooks.pages import check_page
 from tests.tools.lessons import defaults, params_of
 
@@ -77,8 +77,8 @@ def test_a_lesson_runs_again_with_other_parameters_under_nbval(name, lab, as_lea
     command += ["--basetemp", str(tmp_path / "nbval")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    runs = mlflow.search_runs(experiment_names=[own_name(name)], output_format="list")
-    assert "FINISHED" in {run.info.status for run in runs} and "RUNNING" not in {run.info.status for run in runs}
+    statuses = {run.info.status for run in runs_of(name)}
+    assert "FINISHED" in statuses and "RUNNING" not in statuses
 
 
 @pytest.mark.slow
@@ -86,8 +86,8 @@ def test_a_participant_runs_lessons_by_batch(lab, as_lea):
     command = [sys.executable, "-m", "demo_lib", "run", "--jobs", "2", "00", "01", "--output", str(lab.home / "build")]
     done = subprocess.run([*command, "-p", "train_images", "600"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = mlflow.search_runs(experiment_names=["lea/batch"], output_format="list")
-    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    assert mlflow.get_experiment_by_name("lea/batch")
+    assert [run.info.status for run in runs_of("batch")] == ["FINISHED"] * 3
 
 
 @pytest.mark.slow

@@ -19,9 +19,14 @@ def check_lesson(name, params):
     globals()[f"check_lesson_{name[:2]}"](params)
 
 
+def runs_of(experiment):
+    """Return the experiment's runs, the newest first; on a server with a login, of your own experiment."""
+    return mlflow.search_runs(experiment_names=[own_name(experiment)], output_format="list")
+
+
 def families(experiment):
     """Return {parent's name: (parent, its children)} of an experiment, and the names of runs with no family."""
-    found = mlflow.search_runs(experiment_names=[own_name(experiment)], output_format="list")
+    found = runs_of(experiment)
     top = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     of = {run.info.run_id: [] for run in top}
     for run in found:
@@ -35,7 +40,7 @@ def load_table(run, name):
 
 
 def check_lesson_00(params):
-    found = mlflow.search_runs(experiment_names=[own_name("00_start_here")], output_format="list")
+    found = runs_of("00_start_here")
     assert [run.info.status for run in found] == ["FINISHED", "FINISHED"]
     left_open, run = found
     assert run.info.run_name == f"{params['train_images']} images" and not left_open.data.params
@@ -45,10 +50,7 @@ def check_lesson_00(params):
 
 def check_lesson_01(params):
     client = MlflowClient()
-    runs = {
-        run.info.run_name: run
-        for run in mlflow.search_runs(experiment_names=[own_name("01_track_a_run")], output_format="list")
-    }
+    runs = {run.info.run_name: run for run in runs_of("01_track_a_run")}
     name = f"rate {params['learning_rate']:g}"
     assert set(runs) == {name, "doomed"}
     run, doomed = runs[name], runs["doomed"]
@@ -174,7 +176,7 @@ def check_lesson_05(params):
     from demo_lib.packaging import raw_images
 
     client, name = MlflowClient(), own_model_name(params["model_name"])
-    runs = mlflow.search_runs(experiment_names=[own_name("05_register_and_promote")], output_format="list")
+    runs = runs_of("05_register_and_promote")
     assert {run.info.status for run in runs} == {"FINISHED"}
     made = {(int(run.data.params["epochs"]), int(run.data.params["train_images"])): run.info.run_id for run in runs}
     size, epochs = params["train_images"], params["epochs"]
@@ -210,7 +212,7 @@ def check_lesson_05(params):
 def check_lesson_06(params):
     client, name = MlflowClient(), own_model_name(params["model_name"])
     champion = client.get_model_version_by_alias(name, "champion")
-    found = mlflow.search_runs(experiment_names=[own_name("06_serve_a_model")], output_format="list")
+    found = runs_of("06_serve_a_model")
     runs = {run.info.run_name: run for run in found}
     assert set(runs) == {"offline scoring", "call times", "traced"}
     assert {run.info.status for run in found} == {"FINISHED"}
@@ -240,7 +242,7 @@ def check_lesson_06(params):
 
 
 def check_lesson_07(params):
-    runs = mlflow.search_runs(experiment_names=[own_name("07_run_a_project")], output_format="list")
+    runs = runs_of("07_run_a_project")
     (changed,), (committed,) = ([run for run in runs if run.info.run_name == name] for name in ("changed", "committed"))
     (again,) = [run for run in runs if "reproduces" in run.data.tags]
     failed = {run.info.run_name: run.data.params for run in runs if run.info.status == "FAILED"}
@@ -262,7 +264,7 @@ def check_lesson_07(params):
 
 
 def check_lesson_08(params):
-    (run,) = mlflow.search_runs(experiment_names=[own_name("08_share_a_server")], output_format="list")
+    (run,) = runs_of("08_share_a_server")
     assert run.info.status == "FINISHED"
     assert TrainConfig.from_params(run.data.params).train_images == params["train_images"]
     said = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/findings.json")

@@ -4,13 +4,12 @@ import copy
 import re
 from html import unescape
 
-from demo_lib.tracking import own_name
-
 import mlflow
 from bs4 import BeautifulSoup
 from mlflow import MlflowClient
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+from tests.notebooks.checks import runs_of
 from tests.tools.pictures import is_whole
 
 # Images, tables, links into the UI, and progress bars that ended full, on each page.
@@ -114,7 +113,7 @@ def begins_whole(text):
 def check_logged_figures(name):
     """Check that nothing is cut off at the edges of the pictures that the lesson's runs have."""
     client, found = MlflowClient(), 0
-    for run in mlflow.search_runs(experiment_names=[own_name(name)], output_format="list"):
+    for run in runs_of(name):
         folders = [""]
         for folder in folders:
             for file in client.list_artifacts(run.info.run_id, folder):
