@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from annotated_types import Ge, Le
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def _absolute(path: Path) -> Path:
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:  # ~ and a name that is no user's
-        raise ValueError(str(error)) from None
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+LESSONS = ROOT / "notebooks"
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text that is not blank"}
 
 
 class DemoError(Exception):
@@ -42,8 +28,35 @@ class DemoError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
-class ConfigError(DemoError):
-    """A configuration has an unknown field, a value of the wrong type or one out of range."""
+def lessons() -> list[Path]:
+    """Return the notebooks of all lessons in order."""
+    return sorted(LESSONS.glob("[0-9][0-9]_*.ipynb"))
+
+
+@contextmanager
+def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write to, which is renamed to `path` at the end: a file is there whole or not at all.
+
+    A private file can be read by its owner only. On an error, what was at `path` stays.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        if private:
+            partial.touch(mode=0o600)
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # ~ and a name that is no user's
+        raise ValueError(str(error)) from None
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseSettings):
@@ -59,15 +72,11 @@ class Settings(BaseSettings):
 
 
 def settings() -> Settings:
-    """Read the settings from the environment now.
-
-    Raises:
-        ConfigError: a `DEMO_*` variable has a value of the wrong type.
-    """
+    """Read the settings from the environment now; a `DEMO_*` variable with a wrong value is a DemoError."""
     try:
         return Settings()
     except ValidationError as error:
-        raise ConfigError(explain(Settings, error, prefix="DEMO_")) from None
+        raise DemoError(explain(Settings, error, prefix="DEMO_")) from None
 
 
 def tracking_uri() -> str:
@@ -88,38 +97,26 @@ def sqlite_uri(database: Path) -> str:
 
 
 class Config(BaseModel):
-    """Base of the configurations: frozen, no unknown fields, every error one sentence."""
+    """Base of the configurations: frozen, no unknown fields; a bad name or value is a DemoError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="wrap")
     @classmethod
-    def _explain(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _explain(cls, values: Any, handler: Any) -> Self:
         try:
             return handler(values)
         except ValidationError as error:
-            raise ConfigError(explain(cls, error)) from None
+            raise DemoError(explain(cls, error)) from None
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a YAML file of `name: value` lines; `overrides` win over the file.
-
-        Raises:
-            ConfigError: the file can't be read, is not a mapping, or holds a bad name or value.
-        """
-        return cls(**{**read_yaml(path), **overrides})
-
-    @classmethod
-    def from_params(cls, params: Mapping[str, str]) -> Self:
-        """Rebuild the configuration from the parameters logged with a run; others than this class's are left out."""
+    def from_params(cls, params: Mapping[str, Any]) -> Self:
+        """Take the fields from a run's parameters, or a notebook's `globals()`; other names are left out."""
         return cls(**{name: value for name, value in params.items() if name in cls.model_fields})
 
-    def to_yaml(self, path: str | Path | None = None) -> str:
-        """Return the configuration as YAML that papermill's `-f` accepts, and write it to `path` if given."""
-        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that papermill's `-f` accepts."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 class TrainConfig(Config):
@@ -132,7 +129,7 @@ class TrainConfig(Config):
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's weight decay")
     channels: int = Field(16, ge=4, le=128, description="width of the first convolution, others 2 to 6 times as wide")
     dropout: float = Field(0.0, ge=0, le=0.9, description="share of features dropped before the last layer")
-    flip: bool = Field(False, description="mirror half of the training images, drawn anew each epoch")
+    flip: bool = Field(False, description="mirror each training image with probability 1/2, drawn anew each epoch")
     log_every: int = Field(10, ge=1, le=10_000, description="optimizer steps between two logged losses")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seeds splits, weights, batches and dropout")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes the fastest there is")
@@ -143,40 +140,33 @@ class TuneConfig(Config):
 
     study: str = Field("fashion", pattern=r"\S", description="name of the study, by which it is resumed")
     trials: int = Field(10, ge=1, le=10_000, description="trials of the whole study, pruned ones included")
-    workers: int = Field(1, ge=1, le=64, description="trials at once")
+    workers: int = Field(1, ge=1, le=64, description="processes that do trials at once")
     max_channels: int = Field(16, ge=4, le=128, description="widest first convolution to try")
     train_images: int = Field(2_000, ge=200, le=60_000, description="images to train and validate on, at most")
     epochs: int = Field(3, ge=1, le=100, description="passes over the training images in each trial")
     prune: bool = Field(True, description="stop trials that do worse than half of the others")
     stop_on_error: bool = Field(False, description="end the study when a trial fails")
     log_every: int = Field(10, ge=1, le=10_000, description="optimizer steps between two logged losses")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="seeds the sampler and every trial's training")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seeds each trial's training, and a single worker's sampler")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes the fastest there is")
 
     def train_config(self, **suggested: Any) -> TrainConfig:
         """Return the configuration of one trial: the fixed values and the suggested ones."""
-        shared = self.model_dump(include=set(TrainConfig.model_fields))
-        return TrainConfig(**shared | suggested)
+        return TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)) | suggested)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of `name: value` lines.
-
-    Raises:
-        ConfigError: the file can't be read or is not a mapping.
-    """
+    """Read a YAML file of `name: value` lines; a file that can't be read or is no such mapping is a DemoError."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read ({error}); name an existing YAML file.") from None
+        raise DemoError(f"{path} can't be read ({error}); name an existing YAML file.") from None
     except yaml.YAMLError as error:
         where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise ConfigError(f"{path} is not valid YAML{where}; write one `name: value` a line.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"{path} must hold one `name: value` a line, not a {type(values).__name__}.")
-    return values
+        raise DemoError(f"{path} is not valid YAML{where}; write one `name: value` a line.") from None
+    if not isinstance(values or {}, dict) or not all(isinstance(name, str) for name in values or {}):
+        raise DemoError(f"{path} must hold one `name: value` a line, not a {type(values).__name__}.")
+    return values or {}
 
 
 def explain(cls: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
@@ -186,21 +176,17 @@ def explain(cls: type[BaseModel], error: ValidationError, prefix: str = "") -> s
 
 def _explain_one(cls: type[BaseModel], detail: Mapping[str, Any], prefix: str) -> str:
     name = str(detail["loc"][0])
-    field = cls.model_fields.get(name)
-    if field is None:
+    if (field := cls.model_fields.get(name)) is None:
         return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}."
     label = f"{prefix}{name.upper()}" if prefix else name
-    return f"{label} = {detail['input']!r} is not allowed: it must be {allowed(field)}."
+    return f"{label} = {detail['input']!r} is not allowed: it must be {_allowed(field)}."
 
 
-def allowed(field: FieldInfo) -> str:
+def _allowed(field: FieldInfo) -> str:
     """Say in words which values a field takes, e.g. `a whole number from 1 to 100`."""
     choices = getattr(field.annotation, "__args__", None)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "one of " + ", ".join(choices)
-    kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text that is not blank"}.get(
-        field.annotation, "a valid value"
-    )
-    low = next((bound.ge for bound in field.metadata if isinstance(bound, Ge)), None)
-    high = next((bound.le for bound in field.metadata if isinstance(bound, Le)), None)
-    return kind if low is None else f"{kind} from {low} to {high}"
+    kind = KINDS.get(field.annotation, "a valid value")
+    bounds = [bound.ge if isinstance(bound, Ge) else bound.le for bound in field.metadata if isinstance(bound, Ge | Le)]
+    return f"{kind} from {bounds[0]} to {bounds[1]}" if len(bounds) == 2 else kind

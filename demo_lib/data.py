@@ -8,15 +8,14 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from demo_lib.config import DemoError, TrainConfig, settings
+from demo_lib.config import DemoError, TrainConfig, settings, whole_file
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -24,7 +23,7 @@ ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # Zalan
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
 # Another way to split is other data: the gate must know who has seen which images.
-SPLIT = "classes in turn, the last twelfth held out"
+SPLIT = "classes in turn, the last twelfth held out, of each class a twelfth for the gate"
 RAW = Path("FashionMNIST", "raw")  # where torchvision's class looks below its root
 
 # SHA-256 of the four files, uncompressed: Zalando's originals, and the stratified sample that ships with the library.
@@ -41,10 +40,6 @@ SAMPLE_SHA256 = {
     "t10k-labels-idx1-ubyte": "234596aeb6eb48133ec99a62541f90bc0728c9559a681f1e0638037462458f2c",
 }
 SAMPLE_TEXT = "the shipped sample of 9,800 images, NOT the whole set"
-
-
-class DataError(DemoError):
-    """The data is missing, altered or unreadable, or can't be stored."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,11 @@ class Split:
 
 @dataclass(frozen=True)
 class FashionData:
-    """The three splits, what they are a part of (`name`), where they were read (`source`), and `digest`."""
+    """The four splits, what they are a part of (`name`), where they were read (`source`), and `digest`."""
 
     train: Split
     validation: Split
+    gate: Split
     test: Split
     name: str
     source: str
@@ -100,39 +96,33 @@ class Source:
     def split(self, part: Literal["train", "t10k"]) -> Split:
         """Return all images of the part: an IDX file is a short header, of 16 or 8 bytes, and the tensor's bytes."""
         images, labels = (bytearray(self.files[f"{part}-{kind}-ubyte"]) for kind in ("images-idx3", "labels-idx1"))
-        return Split(
-            torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 1, 28, 28),
-            torch.frombuffer(labels, dtype=torch.uint8, offset=8).long(),
-        )
+        pixels = torch.frombuffer(images, dtype=torch.uint8, offset=16)
+        return Split(pixels.view(-1, 1, 28, 28), torch.frombuffer(labels, dtype=torch.uint8, offset=8).long())
 
 
 def load_data(config: TrainConfig | None = None) -> FashionData:
     """Find Fashion-MNIST and return its splits, fixed by `config.seed` and `train_images`, stratified by class.
 
-    A twelfth of the training images is the validation split (5,000 of 60,000); the test split is always whole. With
-    one seed, no size has in its training split what another has in its validation split.
-
-    Raises:
-        DataError: a file is missing, truncated, altered or unreadable, or the cache can't be written.
+    A twelfth of the training images, the same for every configuration, is the gate split: no network is trained or
+    chosen on it. Of the others as many as the configuration asks for, a twelfth of these for validation. The test split
+    is always whole. With one seed, no size has in its training split what another has in its validation split.
+    Errors are those of `find_data`.
     """
     config = config or TrainConfig()
     source = find_data()
     known = source.split("train")
-    order, size = _stratified_order(known.labels, config.seed), min(config.train_images, len(known))
+    members = known.labels.argsort(stable=True).view(len(CLASSES), -1)  # one row a class: all have as many images
+    kept = members.shape[1] // 12
+    others, gate = members[:, :-kept], members[:, -kept:]
+    drawn = torch.rand(others.shape, generator=torch.Generator().manual_seed(config.seed)).argsort(dim=1, stable=True)
+    order = others.gather(1, drawn).T.flatten()  # the classes in turn: any stretch has each as often, give or take one
+    size = min(config.train_images, len(order))
     held_out = size // 12
-    parts = order[: size - held_out], order[-held_out:]
-    train, validation = (Split(known.images[part], known.labels[part]) for part in parts)
-    return FashionData(train, validation, source.split("t10k"), source.name, source.text, source.digest)
-
-
-def _stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return the images' indices, one of each class in turn, the images of a class in an order drawn from the seed.
-
-    All classes have the same number of images, so any stretch holds each of them equally often, give or take one.
-    """
-    members = labels.argsort(stable=True).view(len(CLASSES), -1)
-    drawn = torch.rand(members.shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=1, stable=True)
-    return members.gather(1, drawn).T.flatten()
+    parts = order[: size - held_out], order[-held_out:], gate.T.flatten()
+    train, validation, gated = (Split(known.images[part], known.labels[part]) for part in parts)
+    return FashionData(
+        train, validation, gated, source.split("t10k"), name=source.name, source=source.text, digest=source.digest
+    )
 
 
 def batches(
@@ -157,112 +147,62 @@ def find_data() -> Source:
     """Return the first of: DEMO_DATA_DIR, the cache, Debian's package, torchvision's download, the shipped sample.
 
     Every file is checked against its SHA-256. The cache keeps what comes from the package or the download.
-
-    Raises:
-        DataError: a file is missing from the named folder, truncated, altered or unreadable, or can't be stored.
+    A file that is missing from the named folder, damaged, unreadable or that can't be stored is a DemoError.
     """
     options, cache = settings(), settings().home / "data"
     if options.data_dir:
         return Source(f"folder {options.data_dir}", options.data_dir, FULL_SHA256, _read(options.data_dir, FULL_SHA256))
-    if not _has_all(cache / RAW):
-        with _locked(cache):
-            if not _has_all(cache / RAW) and not _fill(cache, options.download):
-                return Source(SAMPLE_TEXT, SAMPLE, SAMPLE_SHA256, _read(SAMPLE, SAMPLE_SHA256))
+    if not all(_is_file(cache / RAW / name) for name in FULL_SHA256):
+        try:
+            files = _read(DEBIAN, FULL_SHA256) if DEBIAN.is_dir() else _download(cache) if options.download else {}
+            for name, content in files.items():
+                (cache / RAW).mkdir(parents=True, exist_ok=True)
+                with whole_file(cache / RAW / name) as partial:
+                    partial.write_bytes(content)
+        except OSError as error:
+            why = f"{cache} can't be written ({error.strerror}): free it, or set DEMO_HOME to a folder that can."
+            raise DemoError(why) from None
+        if not files:
+            return Source(SAMPLE_TEXT, SAMPLE, SAMPLE_SHA256, _read(SAMPLE, SAMPLE_SHA256))
     files = _read(cache, FULL_SHA256, repair="delete it and run again")
     return Source("the cache", cache, FULL_SHA256, files)
 
 
-def _fill(cache: Path, download: bool) -> bool:
-    """Fill the cache from Debian's package or the download; False where neither is to be had."""
-    files = {}
-    if DEBIAN.is_dir():
-        files = _read(DEBIAN, FULL_SHA256)
-    elif download:
-        files = _download(cache)
-    for name, content in files.items():
-        _write(cache / RAW / name, content)
-    return bool(files)
-
-
 def _download(cache: Path) -> dict[str, bytes]:
     """Let torchvision download the files and return them as `_read` does; none where that fails."""
+    cache.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        socket.setdefaulttimeout(5)
         try:
             from torchvision.datasets import FashionMNIST  # here only: it takes seconds to load
 
-            with _socket_timeout(5):
-                FashionMNIST(folder, download=True)
+            FashionMNIST(folder, download=True)
         except (OSError, RuntimeError):
             return {}
+        finally:
+            socket.setdefaulttimeout(before)
         return _read(Path(folder), FULL_SHA256)
 
 
 def _read(folder: Path, sha256: dict[str, str], repair: str = "replace it by a good copy") -> dict[str, bytes]:
-    """Return the content of the files by name, gunzipped and checked; DataError says how to repair a bad one."""
+    """Return the content of the files by name, gunzipped and checked; a bad one is an error that says how to repair."""
     files = {}
     for name, expected in sha256.items():
-        candidates = [folder / RAW / name, folder / name, folder / f"{name}.gz", folder / RAW / f"{name}.gz"]
-        path = next(filter(_is_file, candidates), None)
-        if path is None:
-            raise DataError(f"{folder} has no {name} (nor {name}.gz): put Fashion-MNIST's four files there.")
+        places = [folder / RAW / name, folder / name, folder / f"{name}.gz", folder / RAW / f"{name}.gz"]
+        if (path := next(filter(_is_file, places), None)) is None:
+            raise DemoError(f"{folder} has no {name} (nor {name}.gz): put Fashion-MNIST's four files there.")
         try:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
                 files[name] = file.read()
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} can't be read ({error}): make it readable, or {repair}.") from None
+            raise DemoError(f"{path} can't be read ({error}): make it readable, or {repair}.") from None
         if hashlib.sha256(files[name]).hexdigest() != expected:
-            raise DataError(f"{path} is truncated or altered (its SHA-256 differs): {repair}.")
+            raise DemoError(f"{path} is truncated or altered (its SHA-256 differs): {repair}.")
     return files
-
-
-def _write(target: Path, content: bytes) -> None:
-    """Write beside the target and rename, so that a crash or a full disk leaves no half file under its name."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".partial-{target.name}")  # one process at a time fills the cache
-        try:
-            partial.write_bytes(content)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(_cannot_store(target.parent, error)) from None
-
-
-def _has_all(folder: Path) -> bool:
-    return all(_is_file(folder / name) for name in FULL_SHA256)
 
 
 def _is_file(path: Path) -> bool:
     with suppress(OSError):  # a folder that this user may not look into
         return path.is_file()
     return False
-
-
-def _cannot_store(folder: Path, error: OSError) -> str:
-    return f"{folder} can't be written ({error.strerror}): free it, or set DEMO_HOME to a folder that can."
-
-
-@contextmanager
-def _locked(cache: Path) -> Iterator[None]:
-    """Let one process at a time fill the cache."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / ".lock")
-        lock.acquire()
-    except OSError as error:
-        raise DataError(_cannot_store(cache, error)) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

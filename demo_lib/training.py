@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from demo_lib.config import ConfigError, TrainConfig
+from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import FashionData, Split, batches
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ def pick_device(config: TrainConfig) -> torch.device:
     """Return the device to train on: cuda, mps or cpu, whichever is there first, unless the configuration names one.
 
     Raises:
-        ConfigError: the named device is not on this machine.
+        DemoError: the named device is not on this machine.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if config.device == "auto":
         return torch.device(next(name for name, there in here.items() if there))
     if not here[config.device]:
         there = ", ".join(name for name, there in here.items() if there)
-        raise ConfigError(f"device = {config.device!r} is not on this machine: choose auto or one of {there}.")
+        raise DemoError(f"device = {config.device!r} is not on this machine: choose auto or one of {there}.")
     return torch.device(config.device)
 
 
@@ -57,7 +59,7 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
     arXiv:1708.07120). Same configuration, data and number of CPU threads: the same metrics to the bit on a CPU.
     """
     device = pick_device(config)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     train, validation = data.train.to(device), data.validation.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout draws from the global generator
@@ -77,7 +79,7 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
             if step % config.log_every == 0 and step % steps_per_epoch:
                 yield Record(step, epoch, {"train_loss": _mean(losses)})
         metrics = {f"val_{name}": value for name, value in evaluate(model, validation).items()}
-        metrics |= {"train_loss": _mean(losses), "learning_rate": learning_rate}
+        metrics |= {"train_loss": _mean(losses), "learning_rate": float(learning_rate)}
         is_best = metrics["val_accuracy"] > best
         best = max(best, metrics["val_accuracy"])
         yield Record(step, epoch, metrics, _copy_weights(model) if is_best else None)
@@ -112,7 +114,9 @@ def _steps_per_epoch(data: FashionData, config: TrainConfig) -> int:
     return -(-len(data.train) // config.batch_size)
 
 
-def _train_step(model, images, labels, optimizer, schedule) -> Tensor:
+def _train_step(
+    model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer, schedule: LRScheduler
+) -> Tensor:
     """Take one optimizer step and return its loss, still on the device: reading it would wait for a GPU."""
     model.train()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=_has_bfloat16(images.device)):

@@ -13,18 +13,13 @@ from threading import Thread
 from demo_lib.config import ROOT, DemoError
 
 
-class ProjectError(DemoError):
-    """The project can't be made into a git repository."""
-
-
 def publish(folder: Path) -> tuple[str, str]:
     """Make a bare clone of this repository's last commit in the folder, and return its address and the commit.
 
-    Where the project is no git repository, its files are committed there as they are. The address leaves out `.git`,
-    which git finds by itself: MLflow would take a path that exists for a plain folder.
+    Where the project is no git repository, its files are committed there as they are.
 
     Raises:
-        ProjectError: git is not installed, or refuses.
+        DemoError: git is not installed, or refuses.
     """
     bare = folder / "project.git"
     if (ROOT / ".git").exists():
@@ -35,14 +30,15 @@ def publish(folder: Path) -> tuple[str, str]:
         there = (f"--git-dir={bare}", f"--work-tree={ROOT}", "-c", "user.name=demo", "-c", "user.email=demo@localhost")
         _git(*there, "add", "--all")
         _git(*there, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--message=The project as it was found")
+    # MLflow would take a path that exists for a plain folder; without its `.git`, only git finds it.
     return bare.with_suffix("").as_uri(), _git(f"--git-dir={bare}", "rev-parse", "HEAD")
 
 
 @contextmanager
 def live_output() -> Iterator[None]:
-    """Print what child processes write, errors too, a line at a time as it comes: a notebook shows none of it in red.
+    """Print what child processes write, errors too, line by line as it comes, as a terminal does by itself.
 
-    A terminal does so by itself, and nothing changes there. The block ends when the last child has closed its output.
+    The block ends when the last child has closed its output.
     """
     if sys.stdout is sys.__stdout__:
         yield
@@ -52,7 +48,13 @@ def live_output() -> Iterator[None]:
     for number in before:
         os.dup2(start, number)
     os.close(start)
-    printer = Thread(target=_print_lines, args=(end,))
+
+    def print_lines() -> None:
+        with os.fdopen(end, errors="replace") as lines:
+            for line in lines:
+                print(line, end="")
+
+    printer = Thread(target=print_lines)
     printer.start()
     try:
         yield
@@ -63,18 +65,12 @@ def live_output() -> Iterator[None]:
         printer.join()
 
 
-def _print_lines(descriptor: int) -> None:
-    with open(descriptor, errors="replace") as lines:
-        for line in lines:
-            print(line, end="")
-
-
 def _git(*arguments: str | Path) -> str:
     try:
         done = subprocess.run(["git", *map(str, arguments)], capture_output=True, text=True, check=True)
     except FileNotFoundError:
-        raise ProjectError("git is not installed: install it and restart the kernel.") from None
+        raise DemoError("git is not installed: install it and restart the kernel.") from None
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip() or error.stdout.strip() or f"exit code {error.returncode}"
-        raise ProjectError(f"git refuses ({said}): do what it says.") from None
+        raise DemoError(f"git refuses ({said}): do what it says.") from None
     return done.stdout.strip()

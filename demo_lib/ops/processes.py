@@ -1,0 +1,145 @@
+"""Programs that this machine runs: an end with their owner, ports, whether a server answers, what a check found.
+
+Nothing here loads MLflow or PyTorch, which take seconds: a server's start is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Self
+
+from demo_lib.config import DemoError
+
+import requests
+
+GUARD = Path(__file__).with_name("guard.py")
+_pipes: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()  # each to a guard
+if hasattr(os, "register_at_fork"):  # a fork that held them open would be one more owner
+    os.register_at_fork(after_in_child=lambda: [pipe.close() for pipe in _pipes])
+
+
+class OwnedProcess:
+    """A command in the background, with its output in the file `log`, that never outlives its owner.
+
+    It ends with its process group at `stop()`, at the end of a `with` block, when no variable holds this any more, and
+    when the process that started it ends, in whatever way. Asked to end, it has `patience` seconds to do so.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: IO[bytes] | int,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        patience: float = 15,
+    ) -> None:
+        self._guard = subprocess.Popen(
+            [sys.executable, "-P", str(GUARD), str(patience), *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,  # Ctrl-C in a terminal or an interrupted cell is the owner's to answer
+        )
+        _pipes.add(self._guard.stdin)
+        self._stop = weakref.finalize(self, _let_go, self._guard)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The command's exit code, None while it runs."""
+        return self._guard.poll()
+
+    def stop(self) -> None:
+        """End the command and wait until it is gone; a second call does nothing."""
+        self._stop()
+
+    def wait_for_health(self, url: str, seconds: float, ours: Callable[[], bool] = lambda: True) -> None:
+        """Wait until the server that the command runs answers; as `wait_for_health`, but it is stopped on an error."""
+        guard = self._guard  # not self, which the exceptions of requests would keep alive
+        try:
+            wait_for_health(url, lambda: guard.poll() is None, seconds, ours)
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def _let_go(guard: subprocess.Popen) -> None:
+    with suppress(OSError):
+        guard.stdin.close()
+    guard.wait()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: fine, or what to do."""
+
+    name: str
+    ok: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FIX '}  {self.name:9}  {self.text}"
+
+
+def examine_one(name: str, check: Callable[[], str]) -> Finding:
+    """Run a check, which says what is fine or raises what to do; it never keeps others from running."""
+    try:
+        return Finding(name, True, check())
+    except (DemoError, OSError) as error:
+        return Finding(name, False, str(error))
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def port_user(port: int) -> str:
+    """Say who listens on this machine's port: `mlflow`, `other` or `nobody`."""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        if probe.connect_ex(("127.0.0.1", port)) != 0:
+            return "nobody"
+    try:
+        answer = requests.get(f"http://127.0.0.1:{port}/version", timeout=2).text
+    except requests.RequestException:
+        return "other"
+    return "mlflow" if answer == version("mlflow") else "other"
+
+
+def wait_for_health(
+    url: str, runs: Callable[[], bool], seconds: float, ours: Callable[[], bool] = lambda: True
+) -> None:
+    """Wait until the server answers, and `ours` says that it is not another one that does.
+
+    Raises:
+        DemoError: it no longer runs, or did not answer in time; the text goes behind the server's name.
+    """
+    deadline = time.monotonic() + seconds
+    while runs():
+        with suppress(requests.RequestException):
+            if ours() and requests.get(f"{url}/health", timeout=2).ok:
+                return
+        if time.monotonic() > deadline:
+            raise DemoError(f"does not answer after {seconds:g} s")
+        time.sleep(0.1)
+    raise DemoError("ended before it answered")

@@ -1,0 +1,49 @@
+"""Lesson 01 as one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from demo_lib.config import TrainConfig
+from demo_lib.data import batches, load_data
+from demo_lib.model import build_model, summarize
+from demo_lib.store import connect
+from demo_lib.tracking import batched_metrics, log_config, log_datasets, log_model, provenance, truthful_status
+from demo_lib.training import count_records, evaluate, fit
+
+import mlflow
+from mlflow.entities import Run
+from tqdm import tqdm
+
+
+def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str] | None = None) -> Run:
+    """Do in one tracked run of the experiment what lesson 01 does step by step, and return the run.
+
+    Logs parameters, metrics, both datasets, a model summary, and the best and the last model; the best one, chosen on
+    the validation split, is scored once on the test split. `tags` are added to those of `provenance`.
+    """
+    connect(experiment)
+    data = load_data(config)
+    print(data)
+    model = build_model(config)
+    with (
+        mlflow.start_run(tags=provenance(data, config) | dict(tags or {})) as run,
+        truthful_status(),
+        batched_metrics() as log_metrics,
+    ):
+        log_config(config)
+        mlflow.log_text(summarize(model), "model_summary.txt")
+        log_datasets(data)
+        best, started = None, time.perf_counter()
+        for record in tqdm(fit(model, data, config), total=count_records(data, config), disable=None):
+            log_metrics(record.metrics, step=record.step)
+            best = record if record.weights else best
+        log_metrics({"fit_seconds": time.perf_counter() - started}, step=record.step)
+        example = next(batches(data.test, 2))[0]
+        log_model(model, "last_model", example, step=record.step)
+        model.load_state_dict(best.weights)
+        log_model(model, "best_model", example, step=best.step)
+        test = {f"test_{name}": value for name, value in evaluate(model, data.test).items()}
+        log_metrics(test, step=best.step)
+    return mlflow.get_run(run.info.run_id)

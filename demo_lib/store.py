@@ -1,0 +1,220 @@
+"""The tracking store: which one and whose experiment, runs that were left behind, links into the MLflow UI."""
+
+from __future__ import annotations
+
+import html
+import os
+import socket
+import sqlite3
+from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from demo_lib import internals
+from demo_lib.config import DemoError, settings, sqlite_file, sqlite_uri, tracking_uri, whole_file
+
+import mlflow
+import psutil
+from filelock import FileLock
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Experiment, Run, ViewType
+from mlflow.entities.model_registry import RegisteredModel
+from mlflow.environment_variables import MLFLOW_RUN_ID
+
+DATABASES = ("postgresql", "mysql", "mssql", "databricks")
+
+
+def connect(experiment: str) -> Experiment:
+    """Choose the tracking store, make the experiment the active one, close runs that died, and return the experiment.
+
+    The store is `MLFLOW_TRACKING_URI` if set, else SQLite with artifacts beside it in the folder `store/`. In a process
+    that `mlflow run` started, the experiment is that of the run which MLflow opened for it, whatever the name:
+    `mlflow.start_run` goes on in that run. With a login to a server, it is one of your own, see `own_name`.
+    A server that doesn't answer, and a store or an experiment that can't be used, are a DemoError.
+    """
+    database = sqlite_file(open_store())
+    location = (database.parent / "artifacts" / experiment).as_uri() if database else None
+    found = _project_experiment() or _get_or_create(own_name(experiment), location)
+    mlflow.set_experiment(experiment_id=found.experiment_id)
+    close_stale_runs([found.experiment_id])
+    return found
+
+
+def open_store() -> str:
+    """Choose the tracking store as `connect` does, with the same errors but no experiment, and return its address."""
+    uri = tracking_uri()
+    if (database := sqlite_file(uri)) is not None:
+        if MLFLOW_RUN_ID.get() and not database.exists():
+            raise _run_not_here()  # before a store is made that nobody asked for
+        make_store(database)
+    elif uri.startswith("http"):
+        _ask_server(uri)
+    elif uri.partition(":")[0].partition("+")[0] not in DATABASES:
+        what = (
+            "set it to a server's http address, to sqlite:// and the path of a file, or to another database's address"
+        )
+        raise DemoError(f"MLFLOW_TRACKING_URI = {uri!r} is no store: {what}, or unset it.")
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def own_name(experiment: str) -> str:
+    """Return the name that the experiment has for you: on a server with a login, `LOGIN/` comes before it.
+
+    A name with a slash is taken as it is, so that others' experiments can be named.
+    """
+    login = internals.login(tracking_uri())
+    return f"{login}/{experiment}" if login and "/" not in experiment else experiment
+
+
+def own_model_name(model: str) -> str:
+    """Return the name that the registered model has for you: on a server with a login, `LOGIN.` comes before it."""
+    login = internals.login(tracking_uri())
+    return f"{login}.{model}" if login and not model.startswith(f"{login}.") else model
+
+
+@dataclass(frozen=True)
+class Link:
+    """An address that a notebook shows as a link and a terminal as text."""
+
+    url: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def _repr_html_(self) -> str:
+        return f'<a href="{html.escape(self.url)}" target="_blank" rel="noopener">{html.escape(self.text)}</a>'
+
+
+def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
+    """Return the link to the run's, the experiment's or the registered model's page in the MLflow UI."""
+    uri = tracking_uri()
+    base = _without_login(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{settings().ui_port}"
+    if isinstance(of, RegisteredModel):
+        return Link(f"{base}/#/models/{quote(of.name, safe='')}", f"model {of.name} in the MLflow UI")
+    if isinstance(of, Run):
+        page, text = f"{of.info.experiment_id}/runs/{of.info.run_id}", f"run {of.info.run_name}"
+    else:
+        page, text = f"{of.experiment_id}/runs", f"experiment {of.name}"
+    # Without workflowType a fresh browser opens the page for generative AI.
+    return Link(f"{base}/#/experiments/{page}?workflowType=machine_learning", f"{text} in the MLflow UI")
+
+
+def this_process() -> str:
+    """Return what tells this process from all others: host, process id and start, as in a run's tag `process`."""
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+
+
+def died_here(run: Run) -> bool:
+    """Whether the run's process was on this machine and is gone; its start tells it from a later one of that pid."""
+    host, pid, start = run.data.tags["process"].rsplit(":", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - float(start)) >= 2
+    except psutil.NoSuchProcess:
+        return True
+
+
+def close_stale_runs(experiment_ids: list[str]) -> None:
+    """End as KILLED the runs left RUNNING by processes of this machine that are gone."""
+    unfinished = f"attributes.status = 'RUNNING' AND tags.process LIKE '{socket.gethostname()}:%'"
+    for run in MlflowClient().search_runs(experiment_ids, unfinished, ViewType.ALL):
+        if died_here(run):
+            close_left_behind(run.info.run_id)
+
+
+def close_left_behind(run_id: str) -> None:
+    """End as KILLED a run whose process is gone, and say so in its tag `error`."""
+    client = MlflowClient()
+    client.set_tag(run_id, "error", "its process ended without closing the run")
+    client.set_terminated(run_id, "KILLED")
+
+
+def make_store(database: Path) -> None:
+    """Make the SQLite store if it is not there, by one process while others wait: they would break each other's tables.
+
+    A place that can't be written, or is a folder, is a DemoError.
+    """
+    if database.is_dir():
+        raise DemoError(f"the store {database} is a folder: MLFLOW_TRACKING_URI must name a file in it.")
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(database.with_name(f".{database.name}.lock")) if not database.exists() else nullcontext():
+            if not database.exists():
+                with whole_file(database) as partial:
+                    internals.make_store(sqlite_uri(partial), (database.parent / "artifacts").as_uri())
+    except OSError as error:
+        what = "set DEMO_HOME or MLFLOW_TRACKING_URI to a place that can be written"
+        raise DemoError(f"the store {database} can't be made ({error.strerror}): {what}.") from None
+    _speed_up_sorting(database)
+
+
+def _speed_up_sorting(database: Path) -> None:
+    """Tell SQLite's planner that `latest_metrics` is large: else sorting runs by a metric takes quadratic time."""
+    with suppress(sqlite3.Error), closing(sqlite3.connect(database, timeout=5)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_stat1'").fetchone():
+            connection.execute("ANALYZE alembic_version")  # makes the table of statistics
+            rows = "40000 400 1"  # in all, of a metric, of a metric of a run
+            index = ("latest_metrics", "sqlite_autoindex_latest_metrics_1", rows)
+            connection.execute("INSERT INTO sqlite_stat1 VALUES (?, ?, ?)", index)
+
+
+def _project_experiment() -> Experiment | None:
+    """Return the experiment of the run that `mlflow run` opened for this process, if it did."""
+    if not (run_id := MLFLOW_RUN_ID.get()):
+        return None
+    try:
+        opened = mlflow.get_run(run_id).info
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise _run_not_here() from None
+    if opened.status != "RUNNING":
+        raise DemoError(f"the run {run_id} that MLFLOW_RUN_ID names has ended: unset MLFLOW_RUN_ID.")
+    return mlflow.get_experiment(opened.experiment_id)
+
+
+def _run_not_here() -> DemoError:
+    what = f"the run {MLFLOW_RUN_ID.get()} that `mlflow run` opened is not in the store {tracking_uri()}"
+    todo = "before `mlflow run`, set MLFLOW_TRACKING_URI to a store's whole address, as sqlite:////home/me/mlflow.db"
+    return DemoError(f"{what}: {todo}.")
+
+
+def _without_login(uri: str) -> str:
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _ask_server(uri: str) -> None:
+    """Ask once, for 4 s at most: with MLflow's default retries a wrong address takes minutes to fail."""
+    shown, search = _without_login(uri), "/api/2.0/mlflow/experiments/search"
+    options = {"timeout": 4, "raise_on_status": False, "json": {"max_results": 1}}
+    try:
+        status = internals.ask(uri, search, "POST", **options).status_code
+    except MlflowException:
+        todo = "start it, or correct or unset MLFLOW_TRACKING_URI"
+        raise DemoError(f"no MLflow server answers at {shown}: {todo}.") from None
+    if status in (401, 403):
+        todo = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and ask if this host name is allowed"
+        raise DemoError(f"the server at {shown} refuses you ({status}): {todo}.")
+    if status != 200:
+        raise DemoError(f"{shown} answers {status} and is no MLflow server: correct MLFLOW_TRACKING_URI.")
+
+
+def _get_or_create(name: str, location: str | None) -> Experiment:
+    client = MlflowClient()
+    try:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            found = client.get_experiment(client.create_experiment(name, artifact_location=location))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was faster
+            return _get_or_create(name, location)
+        raise DemoError(f"the store {tracking_uri()} can't be used: {error.message}") from None
+    if found.lifecycle_stage != "active":
+        todo = f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}`"
+        raise DemoError(f"experiment {name!r} was deleted: {todo}.")
+    return found

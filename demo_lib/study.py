@@ -1,0 +1,178 @@
+"""An Optuna study that lasts: its storage, its parent run in MLflow, and what dead workers leave of it."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
+from demo_lib.store import close_left_behind, died_here
+from demo_lib.tracking import log_config
+
+import matplotlib.pyplot as plt
+import mlflow
+import optuna
+from filelock import FileLock
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Run
+from optuna.samplers import TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+HEARTBEAT, GRACE = 3, 15  # seconds between two signs of life of a trial, and of silence until it counts as dead
+MEMORY = "memory"  # the storage of a study that nobody resumes
+CHANGEABLE = {"trials", "workers", "stop_on_error"}  # when a study goes on
+
+
+def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
+    """Create the study or load it by its name.
+
+    `storage` is a database address of Optuna's, by default the SQLite file `store/optuna.db`; with "memory" nothing
+    lasts. MLflow's own database, or one that can't be opened, is a DemoError.
+    """
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if config.prune:  # the first epochs of a one-cycle schedule say little
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(2, config.epochs // 3))
+    opened = None if storage == MEMORY else open_storage(storage)
+    study = optuna.create_study(
+        storage=opened, study_name=config.study, direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    # Five trials at random, then TPE learns: Optuna's ten would be all of a short study. The same seed again would draw
+    # the same trials again.
+    study.sampler = TPESampler(n_startup_trials=5, multivariate=True, seed=config.seed + len(study.trials))
+    return study
+
+
+def open_storage(address: str | None = None) -> RDBStorage:
+    """Open the storage of studies at the address, by default a SQLite file; errors are those of `open_study`."""
+    address = address or sqlite_uri(settings().home / "store" / "optuna.db")
+    database, of_mlflow = sqlite_file(address), sqlite_file(tracking_uri())
+    if address == tracking_uri() or (database and of_mlflow and database.resolve() == of_mlflow.resolve()):
+        raise DemoError(f"{address} is MLflow's database: give Optuna one of its own.")
+    try:
+        if database:
+            database.parent.mkdir(parents=True, exist_ok=True)
+        # Processes that open a new SQLite file together break each other's first tables.
+        with FileLock(database.with_name(f".{database.name}.lock"), timeout=60) if database else nullcontext():
+            return RDBStorage(
+                address, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=_give_up
+            )
+    except Exception as error:
+        raise DemoError(f"the study storage {address} can't be opened ({error}): give a database address.") from None
+
+
+@contextmanager
+def parent_run(study: optuna.Study, config: TuneConfig, tags: dict[str, str]) -> Iterator[Run]:
+    """Open the study's parent run again, or a new one; a study that was begun otherwise is a DemoError."""
+    fixed, saved = config.model_dump(exclude=CHANGEABLE), study.user_attrs.get("config", {})
+    if changed := [name for name in fixed if saved.get(name, fixed[name]) != fixed[name]]:
+        raise DemoError(
+            f"study {config.study!r} was begun with {changed[0]} = {saved[changed[0]]}, not {fixed[changed[0]]}: "
+            "keep it, or give the study another name."
+        )
+    if parent_run_id := study.user_attrs.get("parent_run_id"):
+        return_to(parent_run_id)
+    tags = tags | {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
+    with mlflow.start_run(run_id=parent_run_id, run_name=config.study, tags=tags) as parent:
+        if not parent_run_id:
+            log_config(config, exclude=CHANGEABLE)
+            study.set_user_attr("parent_run_id", parent.info.run_id)
+        study.set_user_attr("config", config.model_dump())
+        yield parent
+
+
+def return_to(parent_run_id: str) -> None:
+    """Make the experiment of the study's parent run the active one again; a run that is gone is a DemoError.
+
+    A run that `mlflow run` has opened meanwhile gets a tag that points there. Its id leaves the environment: the next
+    `mlflow.start_run` would go on in it.
+    """
+    gone = f"the study's parent run {parent_run_id} is"
+    try:
+        parent = mlflow.get_run(parent_run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        todo = "set MLFLOW_TRACKING_URI to the store that has it, or give the study another name"
+        raise DemoError(f"{gone} not in this store: {todo}.") from None
+    if parent.info.lifecycle_stage == "deleted":
+        todo = f"bring it back with `mlflow runs restore --run-id {parent_run_id}`, or give the study another name"
+        raise DemoError(f"{gone} deleted: {todo}.")
+    if "error" in parent.data.tags:  # of the call before
+        MlflowClient().delete_tag(parent_run_id, "error")
+    if opened := os.environ.pop("MLFLOW_RUN_ID", None):
+        MlflowClient().set_tag(opened, "continues", parent_run_id)
+    mlflow.set_experiment(experiment_id=parent.info.experiment_id)
+
+
+def running(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that run, here or elsewhere, or whose process died."""
+    return study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+
+
+def done(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that need not be tried again: completed, pruned, or failed by an error of their own."""
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [each for each in study.get_trials(deepcopy=False) if each.state in ended or "error" in each.user_attrs]
+
+
+def close_dead(study: optuna.Study) -> None:
+    """Give up the running trials of dead processes: those that died here, and those that are silent too long."""
+    for trial in running(study):
+        run_id = trial.user_attrs.get("run_id")
+        if run_id and died_here(mlflow.get_run(run_id)):
+            told = study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            if told.state == TrialState.FAIL:
+                _give_up(study, told)
+    optuna.storages.fail_stale_trials(study)
+
+
+def await_idle(study: optuna.Study) -> None:
+    """Wait until dead trials have been given up; if others still run, another process does the study: a DemoError."""
+    patience = time.monotonic() + GRACE + 2 * HEARTBEAT
+    while running(study):
+        close_dead(study)
+        if time.monotonic() > patience:
+            raise DemoError(f"study {study.study_name!r} is being run by another process: wait for it, or stop it.")
+        time.sleep(0.2)
+
+
+def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Close the child run of a trial whose process died, and queue its hyperparameters again."""
+    run_id = trial.user_attrs.get("run_id")
+    if run_id and MlflowClient().get_run(run_id).info.status == "RUNNING":
+        close_left_behind(run_id)
+    study.enqueue_trial(trial.params)
+
+
+def study_figures(study: optuna.Study) -> dict[str, Figure]:
+    """Return Optuna's plots of the study by name: its history, its trials by epoch, its hyperparameters.
+
+    With four completed trials or more, also what the hyperparameters matter. The figures are closed: a notebook shows
+    the one that a cell ends with.
+    """
+    names = ["optimization_history", "intermediate_values", "parallel_coordinate"]
+    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
+        names.append("param_importances")
+    plt.close(plt.figure())  # a kernel's first figure turns on that figures are shown: not in rc_context, which ends
+    figures = {}
+    for name in names:
+        # Optuna changes matplotlib's style for all later figures.
+        with plt.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the plots are experimental, and that an axis has one value only
+            figures[name] = getattr(optuna.visualization.matplotlib, f"plot_{name}")(study).figure
+        plt.close(figures[name])
+    for name in names[:2]:  # trials and epochs are whole numbers
+        figures[name].axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    legend = figures["intermediate_values"].axes[0].get_legend()
+    if legend and len(study.trials) > 12:  # it would leave the figure, with colours that can't be told apart
+        legend.remove()
+    return figures
