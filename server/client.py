@@ -6,43 +6,31 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from demo_lib.config import DemoError
 
 import mlflow
 import requests
 
-from server.settings import Secrets, ServerError, ServerSettings
-
-if TYPE_CHECKING:
-    from mlflow.server.auth.client import AuthServiceClient
+from server.settings import PREFIX, ServerSettings
 
 
 def call(
-    settings: ServerSettings, secrets: Secrets | None, method: str, path: str, timeout: float = 20, **options: object
+    settings: ServerSettings, method: str, path: str, timeout: float = 20, as_nobody: bool = False, **options: object
 ) -> requests.Response:
-    """Send one request as the administrator, or without secrets as nobody, at once; `path` starts with a slash.
-
-    Raises:
-        ServerError: nobody answers.
-    """
+    """Send one request, at once, as the administrator or without a login; a `DemoError` if nobody answers."""
+    options |= {"auth": None if as_nobody else _login(settings), "timeout": timeout, "allow_redirects": False}
     try:
-        return requests.request(
-            method,
-            settings.url + path,
-            auth=_login(settings, secrets) if secrets else None,
-            timeout=timeout,
-            allow_redirects=False,
-            **options,
-        )
+        return requests.request(method, settings.url + path, **options)
     except requests.RequestException:
-        raise ServerError(f"no server answers at {settings.url}: start it with `python -m server start`.") from None
+        raise DemoError(f"no server answers at {settings.url}: start it with `python -m server start`.") from None
 
 
 @contextmanager
 def signed_in(url: str, name: str, password: str) -> Iterator[None]:
     """Point MLflow's clients in this process at the server, with this person's login, until the block ends."""
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-    before = {name: os.environ.get(name) for name in names}
+    before = {each: os.environ[each] for each in names if each in os.environ}
     uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     try:
         os.environ |= {names[1]: name, names[2]: password}
@@ -50,20 +38,19 @@ def signed_in(url: str, name: str, password: str) -> Iterator[None]:
         yield
     finally:
         mlflow.set_tracking_uri(uri)
-        for each, value in before.items():
+        for each in names:
             os.environ.pop(each, None)
-            if value is not None:
-                os.environ[each] = value
+        os.environ |= before
 
 
 @contextmanager
-def as_admin(settings: ServerSettings, secrets: Secrets) -> Iterator[str]:
+def as_admin(settings: ServerSettings) -> Iterator[str]:
     """Point MLflow's clients in this process at the server, as its administrator, until the block ends."""
-    with signed_in(settings.url, *(_login(settings, secrets) or ("", ""))):
+    with signed_in(settings.url, *(_login(settings) or ("", ""))):
         yield settings.url
 
 
-def account_client(url: str) -> AuthServiceClient:
+def account_client(url: str) -> mlflow.server.auth.client.AuthServiceClient:
     """Return MLflow's client for accounts and permissions, which asks as whoever is signed in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's server, imported with it, uses what Starlette deprecates
@@ -71,11 +58,9 @@ def account_client(url: str) -> AuthServiceClient:
     return AuthServiceClient(url)
 
 
-def _login(settings: ServerSettings, secrets: Secrets) -> tuple[str, str] | None:
+def _login(settings: ServerSettings) -> tuple[str, str] | None:
     if not settings.accounts:
         return None
-    if secrets.admin_password is None:
-        raise ServerError(
-            "the administrator's password is not known: set MLFLOW_DEMO_SERVER_ADMIN_PASSWORD as for `start`."
-        )
-    return settings.admin_name, secrets.admin_password.get_secret_value()
+    if settings.admin_password is None:
+        raise DemoError(f"the administrator's password is not known: set {PREFIX}ADMIN_PASSWORD as for `start`.")
+    return settings.admin_name, settings.admin_password.get_secret_value()

@@ -3,66 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from demo_lib.batch import lessons
+from demo_lib.config import lessons
 
+import mlflow
 import pandas as pd
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from server.client import as_admin
-from server.participants import WRITE, Account, accounts, all_experiments
-from server.settings import Secrets, ServerSettings
+from server.participants import Account, all_experiments, participants
+from server.settings import ServerSettings
 
-PAGE = 5000  # runs: the store sorts all of them again for each page
+MANY = 10**9  # runs: its default would leave some out
 
 
-def progress(settings: ServerSettings, secrets: Secrets) -> pd.DataFrame:
+def progress(settings: ServerSettings) -> pd.DataFrame:
     """Return the number of finished runs by participant and lesson, and the time (UTC) when a run last began or ended.
 
     A run counts for the person in whose area it is, if that person was granted to write there and nobody else manages
     it. What a run says of itself, such as the tag `mlflow.user`, is not looked at: anyone can set it.
 
     Raises:
-        ServerError: the server does not answer, has no accounts or refuses the administrator.
+        DemoError: the server does not answer, has no accounts or refuses the administrator.
     """
-    people = sorted(
-        (each for each in accounts(settings, secrets).values() if not each.admin), key=lambda each: each.name
-    )
-    owners = _owners(people, all_experiments(settings, secrets))
+    people, titles = participants(settings), [path.stem for path in lessons()]
+    owners = _owners(people, titles, all_experiments(settings))
     finished, last = Counter(), Counter()
-    with as_admin(settings, secrets):
-        for run in _runs(list(owners)):
+    with as_admin(settings):
+        for run in mlflow.search_runs(list(owners), max_results=MANY, output_format="list") if owners else ():
             person, lesson = owners[run.info.experiment_id]
             finished[person, lesson] += run.info.status == "FINISHED"
             last[person] = max(last[person], run.info.start_time, run.info.end_time or 0)
     names = pd.Index([each.name for each in people], name="name")
-    counts = {path.stem: [finished[name, path.stem] for name in names] for path in lessons()}
+    counts = {title: [finished[name, title] for name in names] for title in titles}
     times = pd.Series([last[name] or None for name in names], names, dtype="Int64")
     return pd.DataFrame(counts, names).assign(last_activity=pd.to_datetime(times, unit="ms", utc=True))
 
 
-def _owners(people: Sequence[Account], there: dict[str, dict]) -> dict[str, tuple[str, str]]:
+def _owners(people: Sequence[Account], titles: Sequence[str], there: dict[str, dict]) -> dict[str, tuple[str, str]]:
     """Return person and lesson by the experiment's id."""
-    managers: dict[str, set[str]] = {}
-    for person in people:
-        for number, permission in person.experiments.items():
-            if permission == "MANAGE":
-                managers.setdefault(number, set()).add(person.name)
     found = {}
     for person in people:
-        for lesson in (path.stem for path in lessons()):
-            number = there.get(f"{person.name}/{lesson}", {}).get("experiment_id", "")
-            if person.experiments.get(number) in WRITE and managers.get(number, set()) <= {person.name}:
-                found[number] = person.name, lesson
+        own = person.writes.difference(*(each.manages for each in people if each is not person))
+        numbers = {there.get(f"{person.name}/{title}", {}).get("experiment_id"): title for title in titles}
+        found |= {number: (person.name, title) for number, title in numbers.items() if number in own}
     return found
-
-
-def _runs(experiment_ids: Sequence[str]) -> Iterator[Run]:
-    client, token = MlflowClient(), None
-    while experiment_ids:
-        page = client.search_runs(experiment_ids, max_results=PAGE, page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
