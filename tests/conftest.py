@@ -41,7 +41,7 @@ def template(shared) -> Path:
     home = shared / "template"
     with FileLock(shared / "template.lock"):
         if not (home / "ready").exists():
-            code = "import demo_lib.data, demo_lib.tracking as t; t.connect('template'); demo_lib.data.load_data()"
+            code = "import demo_lib.data, demo_lib.store as t; t.connect('template'); demo_lib.data.load_data()"
             subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"DEMO_HOME": str(home)})
             (home / "ready").touch()
     return home

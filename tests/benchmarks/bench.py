@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from demo_lib import batch, runs
+from demo_lib import runs
 from demo_lib.config import ROOT, TrainConfig, TuneConfig, sqlite_uri
 from demo_lib.data import RAW, FashionData, Split, batches, find_data, load_data
 from demo_lib.model import MEAN, STD, FashionNet, build_model
-from demo_lib.tracking import PACKAGES, batched_metrics, connect, provenance, truthful_status
+from demo_lib.ops import batch
+from demo_lib.ops.workers import tune
+from demo_lib.store import connect
+from demo_lib.study import open_study
+from demo_lib.tracking import PACKAGES, batched_metrics, provenance, truthful_status
 from demo_lib.training import fit, pick_device
-from demo_lib.tuning import open_study, suggest, tune
+from demo_lib.tuning import suggest
 
 import mlflow
 import optuna
@@ -344,8 +348,7 @@ def measure_queries() -> Iterator[Row]:
         parent, nested = fill_store(home / "store" / "mlflow.db")
         in_parent = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}'"
         pairs = {
-            "best run, all runs read": (usual_best, lambda: runs.best("queries", "metric_0")),
-            "best run, order_by": (usual_ordered, lambda: runs.best("queries", "metric_0")),
+            "best run": (usual_best, lambda: runs.best("queries", "metric_0")),
             f"{len(nested)} children": (
                 lambda: mlflow.search_runs(experiment_names=["queries"], filter_string=in_parent),
                 lambda: runs.children(parent),
@@ -364,11 +367,6 @@ def measure_queries() -> Iterator[Row]:
 def usual_best() -> object:
     """Read all runs and pick the best."""
     return mlflow.search_runs(experiment_names=["queries"]).nlargest(1, "metrics.metric_0")
-
-
-def usual_ordered() -> object:
-    """Let the store sort the runs, and read the first."""
-    return mlflow.search_runs(experiment_names=["queries"], order_by=["metrics.metric_0 DESC"], max_results=1)
 
 
 def usual_histories(run_ids: list[str]) -> list:

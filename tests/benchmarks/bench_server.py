@@ -6,7 +6,7 @@ one server at a time in one run; what arrived is counted in the database. Leave 
 
 import argparse
 import json
-import secrets as random
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from demo_lib.config import ROOT, sqlite_uri
-from demo_lib.processes import free_port
+from demo_lib.ops.guard import end_group
+from demo_lib.ops.processes import free_port
 
 from pydantic import SecretStr
 
 from server.database import database, database_address
-from server.process import end_group, running
-from server.settings import Secrets, ServerSettings
+from server.process import running
+from server.settings import ServerSettings
 from tests.benchmarks.bench import machine, table
 from tests.tools.load import STOPPED, Outcome, Target, load
 from tests.tools.processes import serving
@@ -34,11 +35,11 @@ HEADER = ["server", "clients", "logging", "lost", "seconds", "slowest call", "40
 @contextmanager
 def ours(profile: str, folder: Path) -> Iterator[Target]:
     """Run this project's server."""
-    secrets = Secrets(**{name: SecretStr(random.token_urlsafe(16)) for name in ("admin_password", "secret_key")})
-    settings = ServerSettings(profile=profile, folder=folder, port=free_port())
-    admin = (settings.admin_name, secrets.admin_password.get_secret_value()) if settings.accounts else None
-    with running(settings, secrets) as server:
-        yield Target(server.url, database_address(settings, secrets), settings.artifact_root, admin)
+    drawn = {name: SecretStr(secrets.token_urlsafe(16)) for name in ("admin_password", "secret_key")}
+    settings = ServerSettings(profile=profile, folder=folder, port=free_port(), **drawn)
+    admin = (settings.admin_name, settings.admin_password.get_secret_value()) if settings.accounts else None
+    with running(settings):
+        yield Target(settings.url, database_address(settings), settings.artifact_root, admin)
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def plain(profile: str, folder: Path) -> Iterator[Target]:
     """Run `mlflow server` with its defaults, on the SQLite file that it makes or on a PostgreSQL like ours."""
     port = free_port()
     command, url = [sys.executable, "-m", "mlflow", "server", "--port", str(port)], f"http://127.0.0.1:{port}"
-    with database(ServerSettings(profile=profile, folder=folder), Secrets()) as (address, postgres):
+    with database(ServerSettings(profile=profile, folder=folder)) as (address, postgres):
         if postgres is None:
             address = sqlite_uri(folder / "mlflow.db")
         else:

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_lib.batch import LESSONS
-from demo_lib.processes import free_port
+from demo_lib.config import ROOT
+from demo_lib.ops.processes import free_port
 
 import pytest
 from mlflow import MlflowClient
@@ -41,8 +41,8 @@ def workshop(tmp_path_factory):
     """A workshop's server with the accounts of lea and finn, and their passwords."""
     passwords = {}
     with workshop_in(tmp_path_factory.mktemp("workshop")) as site:
-        add(site.settings, site.secrets, ["lea", "finn"], passwords.update)
-        with as_admin(site.settings, site.secrets):
+        add(site.settings, ["lea", "finn"], passwords.update)
+        with as_admin(site.settings):
             MlflowClient().create_registered_model("fashion-classifier")  # somebody else's, of the lessons' name
         yield site, passwords
 
@@ -51,7 +51,7 @@ def workshop(tmp_path_factory):
 def lab(template, workshop, tmp_path_factory):
     """The JupyterLab of lea on a copy of the lessons: it saves them with outputs."""
     home, port = tmp_path_factory.mktemp("lab"), free_port()
-    shutil.copytree(LESSONS, home / "notebooks")
+    shutil.copytree(ROOT / "notebooks", home / "notebooks")
     (home / "data").symlink_to(template / "data")
     site, passwords = workshop
     environment = {"DEMO_HOME": str(home), "MLFLOW_TRACKING_URI": site.url}

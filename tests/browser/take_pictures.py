@@ -11,9 +11,9 @@ import sys
 import tempfile
 
 from demo_lib.config import ROOT
-from demo_lib.processes import free_port
+from demo_lib.ops.processes import free_port
 from demo_lib.runs import best, children
-from demo_lib.tracking import connect, ui_link
+from demo_lib.store import connect, ui_link
 
 import mlflow
 from mlflow.entities import Run

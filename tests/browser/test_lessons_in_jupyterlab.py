@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-from demo_lib.batch import LESSONS, lessons
-from demo_lib.tracking import connect, ui_link
+from demo_lib.config import LESSONS, lessons
+from demo_lib.store import connect, ui_link
 
 import mlflow
 import nbformat
@@ -58,9 +58,9 @@ def test_a_participant_runs_a_lesson_top_to_bottom_without_red(name, lab, browse
     page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.close()
     assert not (lab.home / "store" / "artifacts").exists()
-    table = progress(lab.site.settings, lab.site.secrets)
+    table = progress(lab.site.settings)
     assert table.loc["lea", name] > 0 and (table.loc["finn"].drop("last_activity") == 0).all()
-    with as_admin(lab.site.settings, lab.site.secrets):
+    with as_admin(lab.site.settings):
         assert mlflow.get_experiment_by_name(f"lea/{name}") and not mlflow.get_experiment_by_name(name)
         assert not MlflowClient().search_model_versions("name = 'fashion-classifier'")
 

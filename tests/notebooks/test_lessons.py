@@ -2,9 +2,8 @@
 
 import re
 
-from demo_lib import batch
-from demo_lib.batch import LESSONS, lessons
-from demo_lib.config import ROOT, TrainConfig
+from demo_lib.config import LESSONS, ROOT, TrainConfig, lessons, read_yaml
+from demo_lib.ops import batch
 
 import nbformat
 import papermill as pm
@@ -69,14 +68,14 @@ def test_the_parameters_of_lesson_01_are_those_of_the_configuration():
 
 
 def test_the_parameter_files_fit():
-    assert TrainConfig.from_yaml(LESSONS / "params" / "quick.yaml") == TrainConfig()
-    assert TrainConfig.from_yaml(LESSONS / "params" / "full.yaml").train_images == 60_000
+    assert TrainConfig(**read_yaml(LESSONS / "params" / "quick.yaml")) == TrainConfig()
+    assert TrainConfig(**read_yaml(LESSONS / "params" / "full.yaml")).train_images == 60_000
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_runs_with_other_parameters_as_its_pages_and_the_store_show(name, home, monkeypatch):
     (job,) = jobs = batch.plan([name], params_of(name), home / "build")
-    batch.run(jobs, progress=False)
+    batch.run(jobs)
     assert job.status == "FINISHED", job.error
     executed = nbformat.read(job.output, as_version=4)
     outputs = [output for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs]

@@ -1,13 +1,13 @@
 """Real servers for the tests: one of each profile, started once."""
 
 import os
-import secrets as random
+import secrets
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from demo_lib.config import ROOT
-from demo_lib.processes import free_port
+from demo_lib.ops.processes import free_port
 
 import mlflow
 import pytest
@@ -18,7 +18,7 @@ from server.client import as_admin
 from server.database import database_address
 from server.participants import add
 from server.process import running, stop
-from server.settings import PREFIX, Secrets, ServerSettings
+from server.settings import PREFIX, ServerSettings
 from tests.tools.load import Target
 from tests.tools.processes import serving
 
@@ -28,7 +28,6 @@ class Site:
     """A server that runs, with what its administrator knows."""
 
     settings: ServerSettings
-    secrets: Secrets
 
     @property
     def url(self):
@@ -36,21 +35,20 @@ class Site:
 
     @property
     def admin(self):
-        return self.settings.admin_name, self.secrets.admin_password.get_secret_value()
+        return self.settings.admin_name, self.settings.admin_password.get_secret_value()
 
     @property
     def target(self):
         """What a load needs to know."""
         admin = self.admin if self.settings.accounts else None
-        return Target(self.url, database_address(self.settings, self.secrets), self.settings.artifact_root, admin)
+        return Target(self.url, database_address(self.settings), self.settings.artifact_root, admin)
 
 
 @contextmanager
-def started(settings, secrets=None):
+def started(settings):
     """Run `python -m server start` until the block ends, from when it answers; nothing of it is left then."""
     chosen = {name: str(getattr(settings, name)) for name in ("profile", "folder", "port")}
-    if secrets is not None:
-        chosen |= {name: getattr(secrets, name).get_secret_value() for name in ("admin_password", "secret_key")}
+    chosen |= {name: getattr(settings, name).get_secret_value() for name in ("admin_password", "secret_key")}
     variables = os.environ | {f"{PREFIX}{name.upper()}": value for name, value in chosen.items()}
     command = [sys.executable, "-m", "server", "start"]
     try:
@@ -62,16 +60,16 @@ def started(settings, secrets=None):
 
 def make_secrets(**given):
     """Return new secrets of an administrator."""
-    drawn = {name: SecretStr(random.token_urlsafe(16)) for name in ("admin_password", "secret_key")}
-    return Secrets(**drawn | given)
+    drawn = {name: SecretStr(secrets.token_urlsafe(16)) for name in ("admin_password", "secret_key")}
+    return drawn | given
 
 
 @contextmanager
 def workshop_in(folder):
     """Run the profile `workshop`, with a PostgreSQL of its own, until the block ends."""
-    settings = ServerSettings(profile="workshop", folder=folder, port=free_port())
-    with running(settings, found := make_secrets()):
-        yield Site(settings, found)
+    settings = ServerSettings(profile="workshop", folder=folder, port=free_port(), **make_secrets())
+    with running(settings):
+        yield Site(settings)
 
 
 @pytest.fixture(scope="session")
@@ -85,18 +83,18 @@ def workshop(tmp_path_factory):
 def local(tmp_path_factory):
     """The profile `local`."""
     settings = ServerSettings(folder=tmp_path_factory.mktemp("local"), port=free_port())
-    with running(settings, Secrets()):
-        yield Site(settings, Secrets())
+    with running(settings):
+        yield Site(settings)
 
 
 @pytest.fixture(scope="session")
 def people(workshop):
     """The passwords of ann and bob, who are participants, by name; both can read the experiment `shared/example`."""
-    with as_admin(workshop.settings, workshop.secrets):
+    with as_admin(workshop.settings):
         client = MlflowClient()
         client.create_run(client.create_experiment("shared/example"), run_name="example")
     passwords = {}
-    add(workshop.settings, workshop.secrets, ["ann", "bob"], passwords.update)
+    add(workshop.settings, ["ann", "bob"], passwords.update)
     return passwords
 
 

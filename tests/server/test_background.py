@@ -3,36 +3,37 @@
 import subprocess
 import sys
 
-from demo_lib.config import ROOT
-from demo_lib.processes import free_port
+from demo_lib.config import ROOT, DemoError
+from demo_lib.ops.processes import free_port
 
 import pytest
 
 from server.background import launch
-from server.settings import PREFIX, Secrets, ServerError, ServerSettings
+from server.settings import PREFIX, ServerSettings
 from tests.tools.processes import PATIENCE, team_servers, wait_until
 
 KILLED = """
 import os, sys
 from pathlib import Path
 from server.background import launch
-from server.settings import Secrets, ServerSettings
-server = launch(ServerSettings(folder=Path(sys.argv[1]), port=int(sys.argv[2])), Secrets())
+from server.settings import ServerSettings
+server = launch(ServerSettings(folder=Path(sys.argv[1]), port=int(sys.argv[2])))
 print(server.url, flush=True)
 os.kill(os.getpid(), 9)
 """
 
 
 def test_what_start_refuses_is_raised_whatever_the_environment_has(tmp_path, monkeypatch):
-    settings, secrets = ServerSettings(profile="workshop", folder=tmp_path, port=free_port()), Secrets()
+    settings = ServerSettings(profile="workshop", folder=tmp_path, port=free_port())
     monkeypatch.setenv(f"{PREFIX}ADMIN_PASSWORD", "of another server")
-    with pytest.raises(ServerError, match=r"^MLFLOW_DEMO_SERVER_ADMIN_PASSWORD is not set"):
-        launch(settings, secrets)
+    with pytest.raises(DemoError, match=r"^MLFLOW_DEMO_SERVER_ADMIN_PASSWORD is not set"):
+        launch(settings)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
-def test_nothing_is_left_when_the_process_that_launched_it_is_killed(home, tmp_path):
+def test_nothing_is_left_when_the_process_that_launched_it_is_killed(home, tmp_path, monkeypatch):
     port = free_port()
+    monkeypatch.setenv(f"{PREFIX}DATABASE", "postgresql://of.another.server/mlflow")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "server"), str(port)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (-9, f"http://127.0.0.1:{port}"), done.stderr

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from demo_lib.processes import free_port
+from demo_lib.ops.processes import free_port
 
 import pytest
 import requests
@@ -17,21 +17,21 @@ from pydantic import SecretStr
 from server.database import postgres_tool
 from server.process import running
 from server.readiness import examine
-from server.settings import Secrets, ServerSettings
+from server.settings import ServerSettings
 from tests.server.conftest import make_secrets
 from tests.tools.processes import PATIENCE
 
 pytestmark = pytest.mark.xdist_group("server")
 
 
-def failed(settings, secrets):
-    return {finding.name: finding.text for finding in examine(settings, secrets) if not finding.ok}
+def failed(settings):
+    return {finding.name: finding.text for finding in examine(settings) if not finding.ok}
 
 
 def test_a_good_server_passes(local, workshop):
-    assert failed(local.settings, local.secrets) == {}
-    assert failed(workshop.settings, workshop.secrets) == {}
-    names = [finding.name for finding in examine(workshop.settings, workshop.secrets)]
+    assert failed(local.settings) == {}
+    assert failed(workshop.settings) == {}
+    names = [finding.name for finding in examine(workshop.settings)]
     assert names == ["process", "database", "queries", "artifacts", "disk", "accounts"]
     assert not list(Path(workshop.settings.artifact_root).glob("check-*"))
 
@@ -45,48 +45,49 @@ def test_the_command_exits_with_1_and_names_what_fails(tmp_path):
 
 
 def test_a_wrong_password_is_named(workshop):
-    wrong = make_secrets(admin_password=SecretStr("not the password"))
-    assert "administrator's password" in failed(workshop.settings, wrong)["queries"]
+    wrong = workshop.settings.model_copy(update={"admin_password": SecretStr("not the password")})
+    assert "administrator's password" in failed(wrong)["queries"]
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    settings = ServerSettings(profile="workshop", folder=tmp_path_factory.mktemp("own"), port=free_port())
-    secrets = make_secrets()
-    with running(settings, secrets) as server:
-        yield settings, secrets, server
+    settings = ServerSettings(
+        profile="workshop", folder=tmp_path_factory.mktemp("own"), port=free_port(), **make_secrets()
+    )
+    with running(settings) as server:
+        yield settings, server
 
 
 def test_artifacts_that_cannot_be_written_are_named(own):
-    settings, secrets, _ = own
+    settings, _ = own
     root = Path(settings.artifact_root)
     root.rmdir()
     root.touch()
     try:
-        assert set(failed(settings, secrets)) == {"artifacts"}
+        assert set(failed(settings)) == {"artifacts"}
     finally:
         root.unlink()
         root.mkdir()
 
 
 def test_a_stopped_database_is_named_while_health_says_ok(own):
-    settings, secrets, server = own
+    settings, server = own
     data, user = server.postgres.pgdata, server.postgres.system_user
     subprocess.run([postgres_tool("pg_ctl"), "-D", data, "-m", "fast", "-w", "stop"], user=user, check=True, stdout=-3)
     assert requests.get(f"{settings.url}/health", timeout=5).text == "OK"
     start = time.monotonic()
-    found = failed(settings, secrets)
+    found = failed(settings)
     assert "database" in found and "queries" in found and time.monotonic() - start < 15
     server.postgres.ensure_postgres_running()
-    assert failed(settings, secrets) == {}
+    assert failed(settings) == {}
 
 
 def test_a_server_that_hangs_is_named_in_time(own):
-    settings, secrets, server = own
+    settings, server = own
     os.killpg(server.process.pid, signal.SIGSTOP)
     try:
         start = time.monotonic()
-        found = failed(settings, secrets)
+        found = failed(settings)
         assert {"queries", "artifacts", "accounts"} <= found.keys() and time.monotonic() - start < 15
     finally:
         os.killpg(server.process.pid, signal.SIGCONT)
@@ -97,19 +98,19 @@ def test_a_full_disk_is_named_also_where_only_artifacts_are_on_it(tmp_path, monk
     monkeypatch.setattr(
         "server.readiness.shutil.disk_usage", lambda at: SimpleNamespace(free=1e8 if at.name == "artifacts" else 1e12)
     )
-    found = failed(ServerSettings(folder=tmp_path, port=free_port()), Secrets())
+    found = failed(ServerSettings(folder=tmp_path, port=free_port()))
     assert found["disk"] == f"0.1 GB free in {tmp_path / 'artifacts'}: free 1 GB."
 
 
 @pytest.mark.parametrize("profile", ["local", "workshop"])
 def test_a_server_that_never_ran_is_one_sentence_for_each_part(tmp_path, profile):
-    settings = ServerSettings(profile=profile, folder=tmp_path / "none", port=free_port())
-    found = failed(settings, make_secrets())
+    settings = ServerSettings(profile=profile, folder=tmp_path / "none", port=free_port(), **make_secrets())
+    found = failed(settings)
     assert found.keys() >= {"process", "database", "queries", "artifacts", "disk"}
     assert all("HTTPConnectionPool" not in text for text in found.values())
     assert f"{tmp_path / 'none'} does not exist" in found["disk"] and not (tmp_path / "none").exists()
 
 
 def test_a_database_that_is_gone_is_named(tmp_path):
-    found = failed(ServerSettings(folder=tmp_path, port=free_port()), Secrets())
+    found = failed(ServerSettings(folder=tmp_path, port=free_port()))
     assert found["database"].startswith("the database is gone")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from demo_lib.processes import free_port
+from demo_lib.config import DemoError
+from demo_lib.ops.processes import free_port
 
 import pytest
 import sqlalchemy
@@ -11,7 +12,7 @@ from mlflow import MlflowClient
 from server.cleanup import clean_up
 from server.client import as_admin
 from server.database import database_address
-from server.settings import Secrets, ServerError, ServerSettings
+from server.settings import ServerSettings
 from tests.server.conftest import make_secrets
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -22,7 +23,7 @@ DAY = 86_400_000
 def site(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = request.getfixturevalue(request.param)
-    with as_admin(found.settings, found.secrets):
+    with as_admin(found.settings):
         yield found
     assert list(tmp_path.iterdir()) == []  # MLflow's own default would leave a folder mlruns
 
@@ -40,7 +41,7 @@ def files(site, name="*"):
 
 
 def ask(site, query):
-    engine = sqlalchemy.create_engine(database_address(site.settings, site.secrets))
+    engine = sqlalchemy.create_engine(database_address(site.settings))
     try:
         with engine.begin() as connection:
             answer = connection.execute(sqlalchemy.text(query))
@@ -50,7 +51,7 @@ def ask(site, query):
 
 
 def clean(site, older_than="0s", **options):
-    return clean_up(site.settings, site.secrets, older_than, **options)
+    return clean_up(site.settings, older_than, **options)
 
 
 def test_descendants_of_deleted_runs_go_and_the_rest_stays(site):
@@ -135,12 +136,12 @@ def test_what_the_registry_needs_is_kept_and_named(site, tmp_path_factory):
 
 @pytest.mark.parametrize("text", ["soon", "", "3", "d", "-1d", "1.5h"])
 def test_a_time_that_is_none_is_refused(local, text):
-    with pytest.raises(ServerError, match="is no time"):
-        clean_up(local.settings, local.secrets, text)
+    with pytest.raises(DemoError, match="is no time"):
+        clean_up(local.settings, text)
 
 
 def test_no_server_and_a_wrong_password_are_refused(workshop, tmp_path):
-    with pytest.raises(ServerError, match="no server runs"):
-        clean_up(ServerSettings(folder=tmp_path, port=free_port()), Secrets(), "1d")
-    with pytest.raises(ServerError, match="refuses the administrator"):
-        clean_up(workshop.settings, make_secrets(), "1d")
+    with pytest.raises(DemoError, match="no server runs"):
+        clean_up(ServerSettings(folder=tmp_path, port=free_port()), "1d")
+    with pytest.raises(DemoError, match="refuses the administrator"):
+        clean_up(workshop.settings.model_copy(update=make_secrets()), "1d")

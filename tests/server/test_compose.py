@@ -50,7 +50,7 @@ def compose(given):
 
 @pytest.fixture
 def ours(monkeypatch, tmp_path):
-    """The settings and secrets that the same variables make, but for what a container has of its own."""
+    """The settings that the same variables make, but for what a container has of its own."""
     for name, value in GIVEN.items():
         monkeypatch.setenv(name, value)
     inside = {"host": "0.0.0.0", "artifacts": "/artifacts"}  # its port is published on loopback, its folder is a volume
@@ -60,14 +60,14 @@ def ours(monkeypatch, tmp_path):
 
 def test_the_command_is_the_same(ours):
     mlflow = compose(GIVEN)["services"]["mlflow"]
-    assert mlflow["command"] == command(ours[0])
+    assert mlflow["command"] == command(ours)
     assert mlflow["entrypoint"][2].endswith('exec mlflow "$@"')
-    assert mlflow["ports"] == [f"127.0.0.1:{ours[0].port}:{ours[0].port}"]
+    assert mlflow["ports"] == [f"127.0.0.1:{ours.port}:{ours.port}"]
 
 
 def test_the_environment_is_the_same(ours):
     given = compose(GIVEN)["services"]["mlflow"]["environment"]
-    expected = environment(*ours, ADDRESS) | {"MLFLOW_AUTH_CONFIG_PATH": "/auth.ini"}  # a config of compose
+    expected = environment(ours, ADDRESS) | {"MLFLOW_AUTH_CONFIG_PATH": "/auth.ini"}  # a config of compose
     besides = {"PGPASSWORD", "MLFLOW_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert {name: value for name, value in given.items() if name not in besides} == expected
     assert given["PGPASSWORD"] == GIVEN[f"{PREFIX}POSTGRES_PASSWORD"]
@@ -82,7 +82,7 @@ def test_accounts_are_the_same():
 
 def test_postgres_allows_every_connection(ours):
     postgres = compose(GIVEN)["services"]["postgres"]
-    assert postgres["command"][-1] == f"max_connections={ours[0].max_connections}"
+    assert postgres["command"][-1] == f"max_connections={ours.max_connections}"
     assert "ports" not in postgres
     assert postgres["environment"] == {
         "POSTGRES_USER": "mlflow",

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 
-from demo_lib.processes import free_port
+from demo_lib.ops.processes import free_port
 
 import psutil
 import pytest
@@ -29,8 +29,8 @@ RESTART_SECONDS = 40  # promised are 20, which a machine that also runs other te
 @pytest.fixture
 def site(tmp_path):
     """The profile `workshop` as `python -m server start` runs it."""
-    site = Site(ServerSettings(profile="workshop", folder=tmp_path / "data", port=free_port()), make_secrets())
-    with started(site.settings, site.secrets) as supervisor:
+    site = Site(ServerSettings(profile="workshop", folder=tmp_path / "data", port=free_port(), **make_secrets()))
+    with started(site.settings) as supervisor:
         yield site, supervisor
 
 
@@ -105,11 +105,11 @@ def test_nothing_is_lost_when_parts_die_and_nothing_is_left_when_the_supervisor_
     assert outcome.answers, "no client noticed: nothing is shown"
     supervisor.kill()
     supervisor.wait(PATIENCE)
-    (missed,) = [each.text for each in examine(site.settings, site.secrets) if not each.ok]
+    (missed,) = [each.text for each in examine(site.settings) if not each.ok]
     assert missed.startswith("nothing watches over the server any more")
     server, postgres = leader(site), own_postgres(site.settings)
     assert server.is_running() and postgres.is_running()
     assert stop(site.settings)
     assert not server.is_running() and not postgres.is_running()
-    refuse(site.settings, site.secrets)  # nobody listens on the port
+    refuse(site.settings)  # nobody listens on the port
     assert not stop(site.settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.process import auth_file, command, read_state
+from server.process import command, read_state
 from tests.tools.load import METRICS, load
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -58,7 +58,7 @@ def test_the_settings_reach_every_process(site):
 
 
 def test_accounts_are_configured_in_a_private_file(workshop):
-    path = auth_file(workshop.settings)
+    path = workshop.settings.folder / "auth.ini"
     config = configparser.ConfigParser(interpolation=None)
     config.read(path)
     assert config["mlflow"]["auth_cache_ttl_seconds"] == "60"
@@ -69,5 +69,5 @@ def test_accounts_are_configured_in_a_private_file(workshop):
 
 def test_no_secret_is_on_a_command_line(workshop):
     lines = [" ".join(process.cmdline()) for process in processes(workshop)]
-    assert len(lines) > 2 and workshop.secrets.hidden
-    assert not [line for line in lines for secret in workshop.secrets.hidden if secret in line]
+    assert len(lines) > 2 and workshop.settings.hidden
+    assert not [line for line in lines for secret in workshop.settings.hidden if secret in line]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_lib.processes import free_port
+from demo_lib.ops.processes import free_port
 
 import mlflow
 import pytest

@@ -2,7 +2,8 @@
 
 import stat
 
-from demo_lib.tracking import connect
+from demo_lib.config import DemoError
+from demo_lib.store import connect
 
 import mlflow
 import pytest
@@ -25,14 +26,14 @@ from server.participants import (
     table,
     write_sheet,
 )
-from server.settings import ServerError, ServerSettings
+from server.settings import ServerSettings
 
 pytestmark = pytest.mark.xdist_group("server")
 
 
 def state(site):
     """Accounts with their permissions, and experiments."""
-    return accounts(site.settings, site.secrets), all_experiments(site.settings, site.secrets)
+    return accounts(site.settings), all_experiments(site.settings)
 
 
 def status(site, login, route="experiments/search", **body):
@@ -73,7 +74,7 @@ def test_each_person_can_edit_their_experiments_and_read_the_shared_one(workshop
 
 def test_adding_twice_changes_nothing_and_the_password_stays(workshop, people):
     before, handed = state(workshop), []
-    assert add(workshop.settings, workshop.secrets, ["ann", "bob"], handed.append) == []
+    assert add(workshop.settings, ["ann", "bob"], handed.append) == []
     assert state(workshop) == before and handed == []
     assert status(workshop, ("ann", people["ann"])) == 200
 
@@ -89,31 +90,29 @@ def test_adding_again_completes_what_a_failure_cut_off(workshop, people, monkeyp
 
         def failing(*arguments, **options):
             if next(count, None) is None:
-                raise ServerError("no server answers")
+                raise DemoError("no server answers")
             return real(*arguments, **options)
 
         patched.setattr(participants, "call", failing)
-        with pytest.raises(ServerError, match="no server answers"):
-            add(workshop.settings, workshop.secrets, ["half", "never"], keep)
+        with pytest.raises(DemoError, match="no server answers"):
+            add(workshop.settings, ["half", "never"], keep)
     first = dict(line.split(",") for line in sheet.read_text().splitlines()[1:])
-    assert status(workshop, ("half", first["half"])) == 200 and "never" not in accounts(
-        workshop.settings, workshop.secrets
-    )
-    assert add(workshop.settings, workshop.secrets, ["half", "never"], keep) == ["never"]
+    assert status(workshop, ("half", first["half"])) == 200 and "never" not in accounts(workshop.settings)
+    assert add(workshop.settings, ["half", "never"], keep) == ["never"]
     final = dict(line.split(",") for line in sheet.read_text().splitlines()[1:])
     assert final["half"] == first["half"] and status(workshop, ("never", final["never"])) == 200
     known, there = state(workshop)
     for name in ("half", "never"):
         assert known[name].experiments.keys() >= {there[each]["experiment_id"] for each in area(name)}
-        remove(workshop.settings, workshop.secrets, name)
+        remove(workshop.settings, name)
 
 
 def test_a_deleted_experiment_and_a_lost_permission_come_back(workshop, people):
     before, there = state(workshop)
     number = there["bob/train"]["experiment_id"]
-    with as_admin(workshop.settings, workshop.secrets):
+    with as_admin(workshop.settings):
         MlflowClient().delete_experiment(number)
-    add(workshop.settings, workshop.secrets, ["bob"], {}.update)
+    add(workshop.settings, ["bob"], {}.update)
     known, there = state(workshop)
     assert there["bob/train"]["lifecycle_stage"] == "active" and known == before
 
@@ -138,7 +137,7 @@ def test_one_can_not_read_write_or_delete_what_is_the_others(workshop, people, l
 
 
 def test_everyone_reads_the_shared_example_and_nobody_writes_it(workshop, people, login):
-    number = all_experiments(workshop.settings, workshop.secrets)["shared/example"]["experiment_id"]
+    number = all_experiments(workshop.settings)["shared/example"]["experiment_id"]
     for name, password in people.items():
         login(name, password)
         client = MlflowClient()
@@ -185,14 +184,14 @@ def test_the_command_line_adds_shows_resets_and_removes(workshop, people, as_ser
     assert as_server("participants", "reset", "carl") == 0
     new = capsys.readouterr().out.strip()
     assert status(workshop, ("carl", old)) == 401 and status(workshop, ("carl", new)) == 200
-    with as_admin(workshop.settings, workshop.secrets):
+    with as_admin(workshop.settings):
         client = MlflowClient()
         number = client.get_experiment_by_name("carl/01_track_a_run").experiment_id
         client.create_run(number)
     assert as_server("participants", "remove", "carl") == 0
     assert {status(workshop, ("carl", new), "runs/search", experiment_ids=[number]) for _ in range(8)} & {200} == set()
-    assert "carl" not in table(workshop.settings, workshop.secrets).index
-    with as_admin(workshop.settings, workshop.secrets):
+    assert "carl" not in table(workshop.settings).index
+    with as_admin(workshop.settings):
         assert len(client.search_runs([number])) == 1
 
 
@@ -203,7 +202,7 @@ def test_without_a_sheet_the_passwords_are_printed_once(workshop, as_server, tmp
     assert status(workshop, ("dora", password)) == 200
     assert as_server("participants", "add", file) == 0
     assert capsys.readouterr().out == "0 new, 1 already there.\n"
-    remove(workshop.settings, workshop.secrets, "dora")
+    remove(workshop.settings, "dora")
 
 
 @pytest.mark.parametrize(
@@ -222,15 +221,15 @@ def test_without_a_sheet_the_passwords_are_printed_once(workshop, as_server, tmp
 )
 def test_a_bad_file_is_refused_in_one_sentence(text, message, tmp_path):
     (file := tmp_path / "people.csv").write_text(text)
-    with pytest.raises(ServerError, match=message):
+    with pytest.raises(DemoError, match=message):
         read_names(file)
 
 
 def test_a_file_that_is_not_there_or_not_utf_8_is_refused(tmp_path):
-    with pytest.raises(ServerError, match="can't be read"):
+    with pytest.raises(DemoError, match="can't be read"):
         read_names(tmp_path / "none.csv")
     (file := tmp_path / "people.csv").write_bytes("name\nJ\xf6rg\n".encode("latin-1"))
-    with pytest.raises(ServerError, match="can't be read"):
+    with pytest.raises(DemoError, match="can't be read"):
         read_names(file)
 
 
@@ -250,36 +249,36 @@ def test_a_file_from_a_spreadsheet_is_read(tmp_path):
     ],
 )
 def test_nothing_is_done_for_anyone_if_one_name_can_not_be(workshop, people, login, names, shared, message):
-    if "eve/train" not in all_experiments(workshop.settings, workshop.secrets):
+    if "eve/train" not in all_experiments(workshop.settings):
         login("bob", people["bob"])
         mlflow.create_experiment("eve/train")
     before, handed = state(workshop), []
-    with pytest.raises(ServerError, match=message):
-        add(workshop.settings, workshop.secrets, names, handed.append, shared)
+    with pytest.raises(DemoError, match=message):
+        add(workshop.settings, names, handed.append, shared)
     assert state(workshop) == before and handed == []
 
 
 def test_a_sheet_that_can_not_be_written_stops_before_the_first_account(workshop, tmp_path):
     (wrong := tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
     for path in (tmp_path / "none" / "sheet.csv", tmp_path, wrong):
-        with pytest.raises(ServerError, match=r"the sheet .* (can't be written|has other columns than name and)"):
-            add(workshop.settings, workshop.secrets, ["new"], lambda given, path=path: write_sheet(path, given))
-    assert wrong.read_text() == "a,b\n1,2\n" and "new" not in accounts(workshop.settings, workshop.secrets)
+        with pytest.raises(DemoError, match=r"the sheet .* (can't be written|has other columns than name and)"):
+            add(workshop.settings, ["new"], lambda given, path=path: write_sheet(path, given))
+    assert wrong.read_text() == "a,b\n1,2\n" and "new" not in accounts(workshop.settings)
 
 
 def test_only_participants_can_be_reset_and_removed(workshop, people):
     for action in (reset, remove):
         for name in ("nobody", "admin"):
-            with pytest.raises(ServerError, match=f"no participant '{name}'; there are: .*ann.*bob"):
-                action(workshop.settings, workshop.secrets, name)
+            with pytest.raises(DemoError, match=f"no participant '{name}'; there are: .*ann.*bob"):
+                action(workshop.settings, name)
 
 
 def test_the_wrong_password_and_the_wrong_profile_are_said(workshop, as_server, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_DEMO_SERVER_ADMIN_PASSWORD", "not the password")
     assert as_server("participants", "list") == 2
     assert "refuses the administrator's password" in capsys.readouterr().err
-    with pytest.raises(ServerError, match="local has no accounts"):
-        accounts(ServerSettings(profile="local"), workshop.secrets)
+    with pytest.raises(DemoError, match="local has no accounts"):
+        accounts(ServerSettings(profile="local"))
 
 
 def test_passwords_are_long_readable_and_not_repeated():

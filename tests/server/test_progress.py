@@ -1,6 +1,6 @@
 """The progress table tells who ran what by who may write where, not by what the runs say."""
 
-from demo_lib.batch import lessons
+from demo_lib.config import lessons
 
 import pandas as pd
 import pytest
@@ -28,18 +28,18 @@ def record(experiment, *statuses, user=None):
 def pair(workshop):
     """Two new participants' passwords by name."""
     passwords = {}
-    add(workshop.settings, workshop.secrets, ["pia", "quinn"], passwords.update)
+    add(workshop.settings, ["pia", "quinn"], passwords.update)
     yield passwords
     for name in passwords:
-        remove(workshop.settings, workshop.secrets, name)
+        remove(workshop.settings, name)
 
 
 def test_finished_runs_are_counted_by_person_and_lesson(workshop, pair, login, monkeypatch):
-    monkeypatch.setattr("server.progress.PAGE", 2)
+    monkeypatch.setattr("mlflow.tracking.fluent.NUM_RUNS_PER_PAGE_PANDAS", 2)
     login("pia", pair["pia"])
     record(f"pia/{LESSON}", "FINISHED", "FINISHED", "FAILED", "FINISHED", "RUNNING")
     record("pia/train", "FINISHED")
-    table = progress(workshop.settings, workshop.secrets)
+    table = progress(workshop.settings)
     assert table.loc["pia", LESSON] == 3 and table.loc["pia"].drop("last_activity").sum() == 3
     assert pd.Timestamp.now("UTC") - table.loc["pia", "last_activity"] < pd.Timedelta(minutes=5)
     assert table.loc["quinn"].drop("last_activity").sum() == 0 and pd.isna(table.loc["quinn", "last_activity"])
@@ -48,15 +48,15 @@ def test_finished_runs_are_counted_by_person_and_lesson(workshop, pair, login, m
 
 def test_a_forged_user_changes_nothing(workshop, pair, login):
     login("quinn", pair["quinn"])
-    before = progress(workshop.settings, workshop.secrets)
+    before = progress(workshop.settings)
     record(f"quinn/{LESSON}", "FINISHED", user="pia")
-    after = progress(workshop.settings, workshop.secrets)
+    after = progress(workshop.settings)
     assert after.loc["pia"].equals(before.loc["pia"])
     assert after.loc["quinn", LESSON] == before.loc["quinn", LESSON] + 1
 
 
 def test_an_experiment_named_like_anothers_counts_for_nobody(workshop, pair, login):
-    with as_admin(workshop.settings, workshop.secrets):
+    with as_admin(workshop.settings):
         client = MlflowClient()
         theirs = client.get_experiment_by_name("pia/07_run_a_project").experiment_id
         client.rename_experiment(theirs, "aside")
@@ -64,8 +64,8 @@ def test_an_experiment_named_like_anothers_counts_for_nobody(workshop, pair, log
     client = MlflowClient()
     number = client.create_experiment("pia/07_run_a_project")
     record("pia/07_run_a_project", "FINISHED")
-    assert progress(workshop.settings, workshop.secrets)["07_run_a_project"].loc[["pia", "quinn"]].tolist() == [0, 0]
-    with as_admin(workshop.settings, workshop.secrets):
+    assert progress(workshop.settings)["07_run_a_project"].loc[["pia", "quinn"]].tolist() == [0, 0]
+    with as_admin(workshop.settings):
         client = MlflowClient()
         client.rename_experiment(number, "taken away")
         client.rename_experiment(theirs, "pia/07_run_a_project")

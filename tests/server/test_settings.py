@@ -8,9 +8,10 @@ from demo_lib.config import ROOT
 import pytest
 from dotenv import dotenv_values
 
-from server.settings import PREFIX, Secrets, ServerSettings, read_settings
+from server.settings import PREFIX, Flags, ServerSettings, read_settings
 
-FIELDS = {**ServerSettings.model_fields, **Secrets.model_fields}
+FIELDS = ServerSettings.model_fields
+SECRET = [name for name in FIELDS if name not in Flags.model_fields]
 VARIABLES = {f"{PREFIX}{name.upper()}": field for name, field in FIELDS.items()}
 FILE = ROOT / "server" / "example.env"
 
@@ -24,9 +25,9 @@ def no_variables(monkeypatch):
 def test_the_example_has_every_setting_with_its_default_and_no_secret():
     values = dotenv_values(FILE)
     assert list(values) == list(VARIABLES)
-    for name, field in ServerSettings.model_fields.items():
+    for name, field in Flags.model_fields.items():
         assert values[f"{PREFIX}{name.upper()}"] == str(field.default if field.default_factory is None else ""), name
-    assert not any(values[f"{PREFIX}{name.upper()}"] for name in Secrets.model_fields)
+    assert not any(values[f"{PREFIX}{name.upper()}"] for name in SECRET)
 
 
 def test_the_example_says_what_each_setting_means():
@@ -41,14 +42,14 @@ def test_the_example_copied_is_the_defaults(tmp_path, monkeypatch):
     copied.write_text(FILE.read_text())
     copied.chmod(0o600)
     monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(copied))
-    assert [given.model_dump() for given in read_settings()] == [ServerSettings().model_dump(), Secrets().model_dump()]
+    assert read_settings().model_dump() == ServerSettings().model_dump()
 
 
 def test_settings_made_in_python_are_no_other_servers(monkeypatch):
     monkeypatch.setenv(f"{PREFIX}ARTIFACTS", "/srv/artifacts")
     monkeypatch.setenv(f"{PREFIX}SECRET_KEY", "of the server that runs here")
-    assert (ServerSettings().artifacts, Secrets().secret_key) == ("", None)
-    assert read_settings()[0].artifacts == "/srv/artifacts"
+    assert (ServerSettings().artifacts, ServerSettings().secret_key) == ("", None)
+    assert read_settings().artifacts == "/srv/artifacts"
 
 
 def test_the_table_of_the_page_has_every_setting_with_flag_and_default():
@@ -56,7 +57,7 @@ def test_the_table_of_the_page_has_every_setting_with_flag_and_default():
     assert [row[0] for row in rows] == list(VARIABLES)
     for variable, _, flag, default in rows:
         name = variable.removeprefix(PREFIX).lower()
-        assert flag == ("" if name in Secrets.model_fields else f"--{name.replace('_', '-')}")
+        assert flag == ("" if name in SECRET else f"--{name.replace('_', '-')}")
         fixed = FIELDS[name].default
         if FIELDS[name].default_factory is None and fixed not in ("", None):
             assert default == f"`{fixed}`", name

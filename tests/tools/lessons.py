@@ -1,6 +1,6 @@
 """The lessons' notebooks, for tests."""
 
-from demo_lib.batch import LESSONS
+from demo_lib.config import LESSONS
 
 import nbformat
 import papermill as pm

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from demo_lib.config import sqlite_uri
-from demo_lib.processes import free_port
+from demo_lib.ops.processes import free_port
 
 import psutil
 import requests

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from demo_lib import batch
-from demo_lib.batch import BatchError, plan, table
+from demo_lib.config import ROOT, DemoError
+from demo_lib.ops import batch
+from demo_lib.ops.batch import plan, table
 
 import mlflow
 import nbformat
@@ -49,11 +50,11 @@ def runs_of_batch():
 
 
 def test_lessons_are_found_by_number_stem_file_name_and_path():
-    names = ["01", "01_track_a_run", "01_track_a_run.ipynb", str(batch.LESSONS / "01_track_a_run.ipynb")]
+    names = ["01", "01_track_a_run", "01_track_a_run.ipynb", str(batch.lessons()[1])]
     for name in names:
-        assert [job.lesson for job in plan([name], {}, batch.ROOT)] == ["01_track_a_run"]
-    assert len(plan(names, {}, batch.ROOT)) == 1
-    assert [job.lesson for job in plan([], {}, batch.ROOT)] == [path.stem for path in batch.lessons()]
+        assert [job.lesson for job in plan([name], {}, ROOT)] == ["01_track_a_run"]
+    assert len(plan(names, {}, ROOT)) == 1
+    assert [job.lesson for job in plan([], {}, ROOT)] == [path.stem for path in batch.lessons()]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_lessons_are_found_by_number_stem_file_name_and_path():
     ],
 )
 def test_bad_names_and_values_are_refused_before_anything_runs(names, params, message, tmp_path):
-    with pytest.raises(BatchError, match=message.replace("(", r"\(")):
+    with pytest.raises(DemoError, match=message.replace("(", r"\(")):
         plan(names, params, tmp_path / "build")
     assert not (tmp_path / "build").exists()
 
@@ -84,7 +85,7 @@ def test_results_are_tracked_and_a_failure_keeps_the_others(home, notebook, tmp_
     good = notebook("good", "number: int = 1", "print('the number is', number)")
     bad = notebook("bad", "number: int = 1", "text = 'fine'", "raise ValueError('no such shirt')")
     jobs = plan([good, bad], {"number": "7"}, tmp_path / "build")
-    batch.run(jobs, progress=False)
+    batch.run(jobs)
     assert [job.status for job in jobs] == ["FINISHED", "FAILED"]
     parent, children = runs_of_batch()
     assert parent.info.status == "FAILED" and parent.data.metrics["failed_lessons"] == 1
@@ -112,7 +113,7 @@ def test_a_page_has_the_cells_words_for_its_figure_and_the_end_of_a_progress_bar
     made.cells.insert(2, new_code_cell(svg, metadata={"alt": "A falling line."}))
     nbformat.write(made, path)
     jobs = plan([path], {}, tmp_path / "build")
-    batch.run(jobs, progress=False)
+    batch.run(jobs)
     assert not jobs[0].error
     page = BeautifulSoup(jobs[0].output.with_suffix(".html").read_text(), "html.parser")
     assert [image["alt"] for image in page.find_all("img")] == [made.cells[1].metadata.alt, "A falling line."]
@@ -123,12 +124,12 @@ def test_a_page_has_the_cells_words_for_its_figure_and_the_end_of_a_progress_bar
 
 def test_a_killed_kernel_fails_and_its_run_does_not_stay_running(home, notebook, tmp_path):
     code = (
-        "import os, signal, mlflow\nfrom demo_lib.tracking import connect, provenance\nconnect('dies')\n"
-        "mlflow.start_run(tags=provenance())\nos.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, mlflow\nfrom demo_lib import store, tracking\nstore.connect('dies')\n"
+        "mlflow.start_run(tags=tracking.provenance())\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     good = notebook("good", "number: int = 1")
     jobs = plan([notebook("dies", "number: int = 1", code), good], {}, tmp_path / "build")
-    batch.run(jobs, progress=False)
+    batch.run(jobs)
     assert [job.status for job in jobs] == ["FAILED", "FINISHED"]
     assert "kernel died" in jobs[0].error
     client = MlflowClient()
@@ -140,8 +141,8 @@ def test_a_killed_kernel_fails_and_its_run_does_not_stay_running(home, notebook,
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_everything_killed_and_keeps_what_was_done(home, notebook, tmp_path, signum):
     slow = (
-        "import time, mlflow\nfrom demo_lib.tracking import connect, provenance, truthful_status\nconnect('slow')\n"
-        "with mlflow.start_run(tags=provenance()), truthful_status():\n"
+        "import time, mlflow\nfrom demo_lib import store, tracking\nstore.connect('slow')\n"
+        "with mlflow.start_run(tags=tracking.provenance()), tracking.truthful_status():\n"
         f"    open({str(tmp_path / 'started')!r}, 'w').close()\n    time.sleep(120)"
     )
     names = [
@@ -178,7 +179,7 @@ def test_an_interrupt_ends_everything_killed_and_keeps_what_was_done(home, noteb
 
 def test_a_full_disk_does_not_replace_a_good_notebook(home, notebook, tmp_path, monkeypatch):
     jobs = plan([notebook("good", "number: int = 1")], {"number": 1}, tmp_path / "build")
-    batch.run(jobs, progress=False)
+    batch.run(jobs)
     before = jobs[0].output.read_bytes()
 
     def full(notebook, path, *args, **kwargs):
@@ -187,7 +188,7 @@ def test_a_full_disk_does_not_replace_a_good_notebook(home, notebook, tmp_path, 
 
     monkeypatch.setattr(pm.engines, "write_ipynb", full)
     again = plan([notebook("good", "number: int = 1")], {"number": 2}, tmp_path / "build")
-    batch.run(again, progress=False)
+    batch.run(again)
     assert again[0].status == "FAILED" and "No space left on device" in again[0].error
     assert again[0].output.read_bytes() == before
     assert not again[0].kept and table(again).splitlines()[1].endswith("  -")
@@ -201,5 +202,5 @@ def test_cores_are_shared_out_unless_the_user_has_chosen(home, notebook, tmp_pat
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     show = "import os; print('threads', os.environ['OMP_NUM_THREADS'])"
     jobs = plan([notebook(name, "number: int = 1", show) for name in "ab"], {}, tmp_path / "build")
-    batch.run(jobs, workers=2, progress=False)
+    batch.run(jobs, workers=2)
     assert all(f"threads {threads}" in job.output.read_text() for job in jobs)

@@ -53,14 +53,16 @@ def test_train_logs_what_was_asked_for(home, cli, tmp_path):
         (["train", "--epochs", "0"], "epochs = '0' is not allowed: it must be a whole number from 1 to 100."),
         (["train", "--config", "none.yaml"], "none.yaml can't be read"),
         (["train", "--epoch", "1"], "unrecognized arguments: --epoch"),
+        (["train", "--no-flip", "true"], "unrecognized arguments: true"),
         (["train", "--flip", "maybe"], "flip = 'maybe' is not allowed: it must be true or false."),
         (["run", "77"], "there is no lesson '77'; there are: 00_start_here"),
         (["run", "01", "-p", "epochs", "x"], "parameter epochs = 'x' must be of type int."),
         (["run", "-f", "none.yaml"], "none.yaml can't be read"),
         (["run", "--jobs", "-1"], "--jobs -1 is not allowed"),
-        (["export", "zz", "--to", "a.csv"], "'zz' is no run id (4 to 32 digits and letters a-f)"),
+        (["run", "--out", "x"], "unrecognized arguments: --out"),
+        (["export", "zz", "--to", "a.csv"], "no run's id begins with 'zz' (at least 4 digits and letters a-f)"),
         (["plot", "ffffffff"], "has no runs yet"),
-        (["reproduce", "zz"], "'zz' is no run id (4 to 32 digits and letters a-f)"),
+        (["reproduce", "zz"], "no run's id begins with 'zz' (at least 4 digits and letters a-f)"),
         (["tune", "--trials", "0"], "trials = '0' is not allowed: it must be a whole number from 1 to 10000."),
         (["tune", "--study", " "], "study = ' ' is not allowed: it must be text that is not blank."),
         (["run", "00", "--output", "/proc/x"], "the folder /proc/x can't be made"),
@@ -80,12 +82,6 @@ def test_bad_input_ends_the_process_with_2_and_no_traceback(cli):
     assert "epochs = '0' is not allowed: it must be a whole number from 1 to 100." in done.stderr
 
 
-def test_a_negated_flag_takes_no_value(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["train", "--no-flip", "true"])
-    assert "--no-flip takes no value: true" in capsys.readouterr().err
-
-
 def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(cli, call, tmp_path):
     assert call("train", *QUICK).returncode == 0
     (first,) = mlflow.search_runs(experiment_names=["train"], output_format="list")
@@ -96,7 +92,7 @@ def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(cli, call, tmp_p
         assert call("export", prefix, "--to", tmp_path / name).returncode == 0
     assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(pd.read_parquet(tmp_path / "metrics.parquet"))
     refused = call("export", prefix, "--to", tmp_path / "metrics.doc")
-    assert refused.returncode == 2 and ".csv, .parquet or, for the configuration, .yaml" in refused.stderr
+    assert refused.returncode == 2 and ".csv or .parquet or, for the configuration, in .yaml" in refused.stderr
     assert cli("train", "--config", tmp_path / "again.yaml").returncode == 0
     second = mlflow.search_runs(experiment_names=["train"], output_format="list")[0]
     assert second.info.run_id != first.info.run_id
@@ -131,7 +127,7 @@ def test_doctor_is_content_and_says_what_is_wrong(home, call, monkeypatch):
     monkeypatch.setenv("DEMO_DATA_DIR", str(home))
     bad = call("doctor")
     assert bad.returncode == 1
-    assert "FIX   store     no MLflow server answers at http://127.0.0.1:1" in bad.stdout
+    assert "FIX   store      no MLflow server answers at http://127.0.0.1:1" in bad.stdout
     assert "FIX   data" in bad.stdout and "put Fashion-MNIST's four files there" in bad.stdout
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from demo_lib import data as data_module
-from demo_lib.config import TrainConfig
+from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import (
     ADDRESS,
     CLASSES,
@@ -16,7 +16,6 @@ from demo_lib.data import (
     RAW,
     SAMPLE,
     SAMPLE_SHA256,
-    DataError,
     Split,
     batches,
     find_data,
@@ -58,19 +57,15 @@ def test_the_real_package_has_the_originals(tmp_path, monkeypatch):
         missing("dataset-fashion-mnist")
     monkeypatch.setenv("DEMO_HOME", str(tmp_path))
     data = load_data(TrainConfig(train_images=60_000))
-    assert (data.name, len(data.train), len(data.validation), len(data.test)) == (
-        "fashion-mnist",
-        55_000,
-        5_000,
-        10_000,
-    )
+    sizes = [len(split) for split in (data.train, data.validation, data.gate, data.test)]
+    assert (data.name, sizes) == ("fashion-mnist", [50_417, 4_583, 5_000, 10_000])
 
 
 def test_without_anything_the_sample_is_used_and_named(empty):
     data = load_data(TrainConfig(train_images=60_000))
     assert data.name == "fashion-mnist-sample"
     assert "NOT the whole set" in data.source and "NOT the whole set" in str(data)
-    assert len(data.train) + len(data.validation) == 7_800
+    assert len(data.train) + len(data.validation) + len(data.gate) == 7_800
     assert data.test.labels.bincount().tolist() == [200] * 10
 
 
@@ -109,7 +104,7 @@ def test_a_named_folder_is_taken_in_any_layout(empty, monkeypatch, as_full, layo
 
 def test_a_named_folder_without_data_is_refused(empty, monkeypatch):
     monkeypatch.setenv("DEMO_DATA_DIR", str(empty))
-    with pytest.raises(DataError, match="has no train-images-idx3-ubyte"):
+    with pytest.raises(DemoError, match="has no train-images-idx3-ubyte"):
         find_data()
     assert not list((empty / "data").rglob("*ubyte"))
 
@@ -120,7 +115,7 @@ def test_a_folder_that_one_may_not_look_into_is_one_sentence(empty, monkeypatch)
 
     monkeypatch.setenv("DEMO_DATA_DIR", str(empty))
     monkeypatch.setattr(Path, "is_file", refuse)  # as Python 3.11 does; later ones say False
-    with pytest.raises(DataError, match="has no train-images"):
+    with pytest.raises(DemoError, match="has no train-images"):
         find_data()
 
 
@@ -137,7 +132,7 @@ def test_a_damaged_origin_is_named_and_never_becomes_the_cache(empty, monkeypatc
     else:
         victim.write_bytes(content)
     monkeypatch.setattr(data_module, "DEBIAN", folder)
-    with pytest.raises(DataError, match="replace it by a good copy") as error:
+    with pytest.raises(DemoError, match="replace it by a good copy") as error:
         find_data()
     assert str(victim) in str(error.value)
     assert not (empty / "data" / RAW / victim.stem).exists()
@@ -153,19 +148,20 @@ def test_a_damaged_cache_is_named_with_the_repair(empty, monkeypatch, as_full, d
     if damage == "a folder":
         victim.unlink()
         victim.mkdir()
-        with pytest.raises(DataError, match="can't be written"):
+        with pytest.raises(DemoError, match="can't be written"):
             find_data()
         return
-    with pytest.raises(DataError, match=r"truncated or altered .* delete it and run again") as error:
+    with pytest.raises(DemoError, match=r"truncated or altered .* delete it and run again") as error:
         find_data()
     assert str(victim) in str(error.value)
     victim.unlink()
     assert find_data().folder == empty / "data"
 
 
-def test_a_cache_that_cannot_be_written_is_named(empty):
+def test_a_cache_that_cannot_be_written_is_named(empty, monkeypatch, as_full):
+    monkeypatch.setattr(data_module, "DEBIAN", SAMPLE)
     (empty / "data").touch()
-    with pytest.raises(DataError, match=r"can't be written .*DEMO_HOME"):
+    with pytest.raises(DemoError, match=r"can't be written .*DEMO_HOME"):
         find_data()
 
 
@@ -220,11 +216,13 @@ def test_splits_are_stratified_fixed_and_never_overlap(train_images, seed):
         patch.setattr(data_module, "find_data", lambda: source)
         config = TrainConfig(train_images=train_images, seed=seed)
         data, again = load_data(config), load_data(config)
-    train, validation = data.train.images, data.validation.images
-    assert len(set(train.tolist()) | set(validation.tolist())) == len(train) + len(validation) == train_images
-    assert len(validation) == train_images // 12
-    assert torch.equal(train, again.train.images) and torch.equal(validation, again.validation.images)
-    for split in (data.train, data.validation):
+        other = load_data(TrainConfig(seed=seed // 2 + 1))
+    splits = (data.train, data.validation, data.gate)
+    size = min(train_images, 55_000)
+    assert [len(split) for split in splits] == [size - size // 12, size // 12, 5_000]
+    assert len(set(torch.cat([split.images for split in splits]).tolist())) == size + 5_000
+    for split, same in zip(splits, (again.train, again.validation, other.gate), strict=True):
+        assert torch.equal(split.images, same.images)
         counts = split.labels.bincount(minlength=10)
         assert counts.max() - counts.min() <= 1
 

@@ -1,5 +1,7 @@
 """The whole stack imports and fits together; a `+cpu` torch with another index's torchvision does not."""
 
+import ast
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -24,28 +26,106 @@ def test_torchvision_has_its_operators():
     assert torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist() == [0]
 
 
+# Each room imports only rooms that stand before it.
+CORE = "config data model training interrupts internals store tracking study tuning runs plots recipe"
+CORE = [f"demo_lib.{name}" for name in CORE.split()]
+SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
+DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
+OPS = [f"demo_lib.ops.{name}" for name in ("workers", "ui", "batch", "reproduce", "projects", "doctor")]
+SERVER = ["settings", "database", "client", "process", "background", "readiness", "participants", "progress"]
+SERVER = [f"server.{name}" for name in [*SERVER, "backup", "cleanup", "__main__"]]
+MAIN = ["demo_lib.__main__"]
+# For speed: PyTorch and MLflow take seconds to load, and some who use these rooms need neither.
+LATE = {"demo_lib.tracking", "demo_lib.ops.batch", "demo_lib.ops.doctor", "demo_lib.__main__", "server.__main__"}
+
+
+def may_import(room):
+    """Return the rooms that this one may import."""
+    if room in SERVER:
+        return ["demo_lib.config", *SHARED, *SERVER[: SERVER.index(room)]]
+    if room in MAIN:
+        return [*CORE, *SHARED, *DEPLOY, *OPS]
+    if room in SHARED:
+        return ["demo_lib.config", *SHARED[: SHARED.index(room)]]
+    wing = next(wing for wing in (CORE, DEPLOY, OPS) if room in wing)
+    return [*([] if wing is CORE else CORE + SHARED), *wing[: wing.index(room)]]
+
+
+def imports(room):
+    """Return what the room imports of this project, and whether that is done late."""
+    tree = ast.parse(path_of(room).read_text("utf-8"))
+    at_once = {id(node) for node in tree.body} | {
+        id(each) for node in tree.body if isinstance(node, ast.If) for each in node.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in ("demo_lib", "server"):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [name for name in whole if name in ROOMS]
+            yield from ((name, id(node) not in at_once) for name in known or [node.module])
+
+
+def path_of(room):
+    return ROOT.joinpath(*room.split(".")).with_suffix(".py")
+
+
+ROOMS = [*CORE, *SHARED, *DEPLOY, *OPS, *SERVER, *MAIN]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room):
+    found = list(imports(room))
+    assert {name for name, _ in found} <= set(may_import(room))
+    assert room in LATE or not [name for name, late in found if late]
+
+
+def test_the_network_knows_no_mlflow():
+    for room in ("demo_lib.data", "demo_lib.model", "demo_lib.training"):
+        assert "mlflow" not in re.findall(r"^ *(?:import|from) (\w+)", path_of(room).read_text("utf-8"), re.M)
+
+
+def test_every_module_is_in_the_list():
+    files = [path for top in ("demo_lib", "server") for path in (ROOT / top).rglob("[a-z_]*.py")]
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if path.name != "__init__.py"}
+    assert found == set(ROOMS)
+
+
+def test_the_core_is_small():
+    lines = {room: len(path_of(room).read_text("utf-8").splitlines()) for room in CORE}
+    assert max(lines.values()) <= 220, lines
+
+
 # What each module may load; nothing comes along that these don't load themselves.
 CONFIG = {"pydantic_settings", "yaml"}
-NETWORK = CONFIG | {"filelock", "torch"}
-TRACKING = CONFIG | {"filelock", "git", "mlflow", "psutil", "requests", "tqdm"}
-TABLES = TRACKING | {"pandas"}
+NETWORK = CONFIG | {"torch"}
+STORE = CONFIG | {"filelock", "mlflow", "psutil", "requests"}
+TRACKING = STORE | {"git"}
+TABLES = STORE | {"pandas"}
+TUNING = NETWORK | TRACKING | {"matplotlib.pyplot", "optuna", "tqdm"}
 MAY_LOAD = {
     "config": CONFIG,
     "data": NETWORK,
     "model": NETWORK,
     "training": NETWORK,
+    "interrupts": {"signal"},
+    "internals": STORE,
+    "store": STORE,
     "tracking": TRACKING,
-    "plots": {"matplotlib.pyplot", "pandas"},
+    "study": TUNING - {"torch"},
+    "tuning": TUNING,
     "runs": TABLES,
-    "tuning": NETWORK | TABLES | {"matplotlib.pyplot", "optuna"},
-    "packaging": NETWORK | TABLES,
-    "registry": NETWORK | TABLES,
-    "serving": NETWORK | TABLES,
-    "reproduce": NETWORK | TABLES,
-    "batch": CONFIG | {"papermill", "tqdm"},
-    "projects": CONFIG,
-    "processes": CONFIG | {"psutil", "requests"},
-    "doctor": CONFIG | {"jupyter_client"},
+    "plots": {"matplotlib.pyplot", "pandas"},
+    "recipe": NETWORK | TRACKING | {"tqdm"},
+    "ops.guard": {"psutil"},
+    "ops.processes": CONFIG | {"requests"},
+    "ops.workers": TUNING,
+    "ops.ui": STORE,
+    "ops.batch": CONFIG | {"papermill", "tqdm"},
+    "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
+    "ops.projects": CONFIG,
+    "ops.doctor": CONFIG | {"jupyter_client", "requests"},
+    "deploy.packaging": NETWORK | TABLES,
+    "deploy.registry": NETWORK | TRACKING | TABLES | {"tqdm"},
+    "deploy.serving": NETWORK | TABLES,
 }
 
 
@@ -59,11 +139,6 @@ print(*{{name.partition(".")[0] for name in sys.modules}} - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
-
-
-def test_every_module_is_in_the_list():
-    found = {path.stem for path in (ROOT / "demo_lib").glob("[a-z]*.py")}
-    assert found == MAY_LOAD.keys() | {"classifier"}  # part of a logged model, loaded by MLflow
 
 
 def test_loading_the_data_does_not_load_torchvision(home):

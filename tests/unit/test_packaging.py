@@ -5,9 +5,10 @@ import sys
 
 from demo_lib.config import TrainConfig
 from demo_lib.data import CLASSES, load_data
+from demo_lib.deploy.packaging import find_model, log_classifier, raw_images, reason
 from demo_lib.model import build_model
-from demo_lib.packaging import PackageError, log_classifier, raw_images, reason
-from demo_lib.tracking import connect, log_model
+from demo_lib.store import connect
+from demo_lib.tracking import log_model
 from demo_lib.training import predict
 
 import mlflow
@@ -67,40 +68,11 @@ def test_the_classifier_takes_views_and_read_only_arrays(network, recwarn):
     assert not [each for each in recwarn if "writable" in str(each.message)]
 
 
-@pytest.mark.parametrize("address", ["", None, "models:/m-nope", "m-nope", "models:/nobody@champion"])
-def test_a_network_that_is_not_there_is_one_sentence_and_leaves_no_model(home, address):
-    experiment = connect("packaging")
-    with pytest.raises(PackageError, match="there is no model at"):
-        log_classifier(address)
-    assert not mlflow.search_logged_models([experiment.experiment_id], output_format="list")
-
-
-@pytest.mark.parametrize(
-    ("outputs", "images", "reason"),
-    [(9, 2, r"does not return 10 logits .* \(\(1, 9\)\)"), (10, 1, "for each of 3 images")],
-)
-def test_a_network_that_can_not_work_is_one_sentence_and_leaves_no_model(home, outputs, images, reason):
-    experiment = connect("packaging")
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, outputs)).eval()
-    with mlflow.start_run():
-        address = log_model(model, "network", torch.zeros(images, 1, 28, 28)).model_uri
-    with pytest.raises(PackageError, match=reason) as error:
-        log_classifier(address)
-    assert "\n" not in str(error.value)
-    assert len(mlflow.search_logged_models([experiment.experiment_id], output_format="list")) == 1
-
-
-def test_a_model_without_the_pytorch_flavor_is_one_sentence(network):
-    classifier = log_classifier(network[1]).model_uri
-    with pytest.raises(PackageError, match=r"is no PyTorch network \(it has python_function\)"):
-        log_classifier(classifier)
-
-
 def test_a_store_that_fails_is_not_a_missing_model(home, monkeypatch):
     failed = mlflow.MlflowException("API request failed")
     monkeypatch.setattr(mlflow.models, "get_model_info", lambda address: (_ for _ in ()).throw(failed))
     with pytest.raises(mlflow.MlflowException, match="API request failed"):
-        log_classifier("models:/m-1")
+        find_model("models:/m-1")
 
 
 def test_models_load_on_the_cpu_also_on_a_machine_with_cuda(network, monkeypatch):

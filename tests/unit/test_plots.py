@@ -3,10 +3,9 @@
 import subprocess
 import sys
 
-from demo_lib.plots import call_times, compare_curves, image_grid, loss_curve, parallel_coordinates
+from demo_lib.plots import call_times, compare_curves, image_grid, loss_curve
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -49,11 +48,8 @@ def test_image_grid_draws_each_image_under_its_title():
     assert len(figure.axes) == 10
 
 
-@pytest.mark.parametrize(
-    ("rows", "epochs"), [(pd.concat([TRAIN, VALIDATION]), [20, 40]), (TRAIN, VALIDATION)], ids=["steps", "frame"]
-)
-def test_loss_curve_shows_both_losses_and_where_epochs_end(rows, epochs):
-    figure = loss_curve(rows, epochs, "baseline")
+def test_loss_curve_shows_both_losses_and_where_epochs_end():
+    figure = loss_curve(pd.concat([TRAIN, VALIDATION]), "baseline")
     axis, lines = figure.axes[0], lines_of(figure)
     assert points_of(lines["train_loss"]) == [(10, 0.9), (20, 0.7), (30, 0.6), (40, 0.5)]
     assert points_of(lines["val_loss"]) == [(20, 0.8), (40, 0.55)] and lines["val_loss"].get_marker() == "s"
@@ -64,15 +60,15 @@ def test_loss_curve_shows_both_losses_and_where_epochs_end(rows, epochs):
 
 
 def test_loss_curve_of_a_run_that_ended_within_its_first_epoch_has_no_val_loss():
-    assert set(lines_of(loss_curve(TRAIN, [], "short"))) == {"train_loss"}
+    assert set(lines_of(loss_curve(TRAIN, "short"))) == {"train_loss"}
 
 
 def test_loss_curve_refuses_two_runs_and_nothing():
     with pytest.raises(ValueError, match="shows one run"):
-        loss_curve(pd.concat([TRAIN, TRAIN.assign(run_id="b" * 32)]), [], "two")
+        loss_curve(pd.concat([TRAIN, TRAIN.assign(run_id="b" * 32)]), "two")
     for nothing in (EMPTY, VALIDATION, pd.DataFrame()):
         with pytest.raises(ValueError, match="no point of train_loss to draw"):
-            loss_curve(nothing, [20], "none")
+            loss_curve(nothing, "none")
 
 
 def test_compare_curves_draws_one_line_a_run_told_apart_without_colour():
@@ -98,63 +94,6 @@ def test_compare_curves_refuses_an_empty_frame_and_an_unknown_metric():
     for rows, metric in ((EMPTY, "val_loss"), (TRAIN, "val_los")):
         with pytest.raises(ValueError, match=f"no point of {metric} to draw"):
             compare_curves(rows, {}, metric)
-
-
-RUNS = pd.DataFrame(
-    {
-        "params.learning_rate": [0.001, 0.01, 0.1, 0.05],
-        "params.channels": [8, 16, 24, 16],
-        "params.flip": ["True", "False", "True", "False"],
-        "params.epochs": [2, 2, 2, 2],
-        "metrics.val_accuracy": [0.7, 0.9, 0.8, np.nan],
-    }
-)
-
-
-def test_parallel_coordinates_puts_each_run_on_each_scale():
-    figure = parallel_coordinates(
-        RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy", ["learning_rate"]
-    )
-    axis, bar = figure.axes
-    (lines,) = axis.collections
-    segments = np.array(lines.get_segments())
-    assert segments[:, :, 0].tolist() == [[0, 1, 2, 3]] * 3  # the run without val_accuracy is left out
-    np.testing.assert_allclose(segments[:, :, 1], [[0, 0, 1, 0.5], [1, 1, 1, 0.5], [0.5, 0.5, 0, 0.5]], atol=1e-12)
-    assert lines.get_array().tolist() == [0.7, 0.8, 0.9] and lines.get_cmap().name == "cividis_r"
-    assert bar.get_ylabel() == "val_accuracy" and axis.get_title() == "3 runs by val_accuracy"
-
-
-def test_parallel_coordinates_writes_real_values_at_the_ends():
-    figure = parallel_coordinates(
-        RUNS, ["learning_rate", "channels", "flip", "epochs"], "val_accuracy", ["learning_rate"]
-    )
-    axis = figure.axes[0]
-    names = [label.get_text() for label in axis.get_xticklabels()]
-    assert names == ["learning_rate\n(log scale)", "channels", "flip", "epochs"]
-    ends = {(text.get_position()[0], text.get_text().strip(), text.get_va()) for text in axis.texts}
-    assert ends == {
-        (0, "0.001", "top"),
-        (0, "0.1", "bottom"),
-        (1, "8", "top"),
-        (1, "24", "bottom"),
-        (2, "False", "top"),
-        (2, "True", "bottom"),
-        (3, "2", "center"),
-    }
-
-
-@pytest.mark.parametrize(
-    ("rows", "params", "message"),
-    [
-        (RUNS.iloc[:0], ["learning_rate", "channels"], "the frame is empty"),
-        (RUNS.iloc[3:], ["learning_rate", "channels"], "none has all of"),
-        (RUNS, ["learning_rate", "width"], "no column params.width; they have params.learning_rate"),
-        (RUNS, ["learning_rate"], "two parameters or more"),
-    ],
-)
-def test_parallel_coordinates_says_why_it_cannot_draw(rows, params, message):
-    with pytest.raises(ValueError, match=message):
-        parallel_coordinates(rows, params, "val_accuracy")
 
 
 def test_call_times_shows_time_and_throughput_of_each_way():

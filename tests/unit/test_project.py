@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from demo_lib import projects
-from demo_lib.config import ROOT, TrainConfig, TuneConfig
-from demo_lib.projects import ProjectError, live_output, publish
+from demo_lib.config import ROOT, DemoError, TrainConfig, TuneConfig
+from demo_lib.ops import projects
+from demo_lib.ops.projects import live_output, publish
 from demo_lib.runs import config_of
-from demo_lib.tracking import TrackingError, connect, log_config, open_store
+from demo_lib.store import connect, open_store
+from demo_lib.tracking import log_config
 from demo_lib.tuning import tune
 
 import mlflow
@@ -146,7 +147,7 @@ def test_a_missing_entry_point_is_named_and_opens_no_run(store):
 
 def test_a_run_that_is_in_another_store_is_one_sentence(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
-    with pytest.raises(TrackingError, match=r"is not in the store sqlite:.*set MLFLOW_TRACKING_URI to a store's whole"):
+    with pytest.raises(DemoError, match=r"is not in the store sqlite:.*set MLFLOW_TRACKING_URI to a store's whole"):
         connect("train")
 
 
@@ -155,7 +156,7 @@ def test_a_relative_address_leaves_no_database_where_the_project_runs(home, tmp_
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI to a store's whole address"):
+    with pytest.raises(DemoError, match="set MLFLOW_TRACKING_URI to a store's whole address"):
         connect("train")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -165,7 +166,7 @@ def test_a_run_that_has_ended_is_not_gone_on_with(home, monkeypatch):
     with mlflow.start_run() as ended:
         pass
     monkeypatch.setenv("MLFLOW_RUN_ID", ended.info.run_id)
-    with pytest.raises(TrackingError, match="that MLFLOW_RUN_ID names has ended: unset MLFLOW_RUN_ID"):
+    with pytest.raises(DemoError, match="that MLFLOW_RUN_ID names has ended: unset MLFLOW_RUN_ID"):
         connect("train")
     assert mlflow.get_run(ended.info.run_id).info.status == "FINISHED"
 
@@ -174,7 +175,7 @@ def test_another_value_than_the_run_has_is_refused(home):
     connect("values")
     with mlflow.start_run() as active:
         mlflow.log_params({"epochs": "7", "flip": "no", "seed": "0"})
-        with pytest.raises(TrackingError, match="has epochs = 7 already, not 2"):
+        with pytest.raises(DemoError, match="has epochs = 7 already, not 2"):
             log_config(TrainConfig(epochs=2))
         log_config(TrainConfig(epochs=7))
     assert config_of(mlflow.get_run(active.info.run_id)) == TrainConfig(epochs=7)
@@ -195,7 +196,7 @@ def test_a_project_without_git_is_published_as_it_is(copy, tmp_path, monkeypatch
 
 def test_without_git_the_sentence_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ProjectError, match="git is not installed"):
+    with pytest.raises(DemoError, match="git is not installed"):
         publish(tmp_path)
 
 

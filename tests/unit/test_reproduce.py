@@ -3,9 +3,10 @@
 import sqlite3
 
 from demo_lib.__main__ import main
-from demo_lib.config import TrainConfig, TuneConfig
-from demo_lib.reproduce import METRICS, ReproduceError, _cpu_threads, arrived, compare, differences, reproduce
-from demo_lib.tracking import connect, train
+from demo_lib.config import DemoError, TrainConfig, TuneConfig
+from demo_lib.ops.reproduce import METRICS, _threads, arrived, compare, differences, reproduce
+from demo_lib.recipe import train
+from demo_lib.store import connect
 from demo_lib.tuning import tune
 
 import mlflow
@@ -77,11 +78,9 @@ def test_an_altered_metric_is_named_with_its_step_and_exit_code_1(home, capsys):
     assert f"first train_loss at step 4: {value:.6g} then, {value - 1e-3:.6g} now, 0.001 apart" in said
 
 
-@pytest.mark.parametrize("tag", [None, "0", "-1", "many", "9999"])
+@pytest.mark.parametrize("tag", ["", "0", "-1", "many", "9999"])
 def test_a_tag_that_is_no_number_of_threads_changes_nothing(tag):
-    before = torch.get_num_threads()
-    with _cpu_threads(tag):
-        assert torch.get_num_threads() == before
+    assert _threads(tag) == torch.get_num_threads()
 
 
 def test_a_trial_of_a_study_can_be_reproduced(home):
@@ -108,10 +107,10 @@ def test_nothing_is_trained_where_nothing_can_be_compared(home, monkeypatch):
     with mlflow.start_run() as run:
         mlflow.log_params(CONFIG.model_dump())
         mlflow.log_metric("purity", 1.0)
-    with pytest.raises(ReproduceError, match="has none of the metrics of a training"):
+    with pytest.raises(DemoError, match="has none of the metrics of a training"):
         reproduce(run.info.run_id)
     monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
-    with pytest.raises(ReproduceError, match="unset MLFLOW_RUN_ID"):
+    with pytest.raises(DemoError, match="unset MLFLOW_RUN_ID"):
         reproduce(run.info.run_id)
     assert mlflow.get_experiment_by_name("reproduce") is None
 
@@ -177,7 +176,7 @@ def test_metrics_that_a_training_does_not_log_are_left_out_and_named(home):
     connect("compared")
     mine = logged({"a": {1: 1.0}, "purity": {1: 1.0}})
     assert str(compare(mine, logged({"a": {1: 1.0}}))).endswith("not compared: purity")
-    with pytest.raises(ReproduceError, match=r"none of the metrics of a training \(b\)"):
+    with pytest.raises(DemoError, match=r"none of the metrics of a training \(b\)"):
         compare(mine, logged({"b": {1: 1.0}}))
 
 

@@ -4,13 +4,16 @@ import signal
 import subprocess
 import sys
 
-from demo_lib import serving
-from demo_lib.config import TrainConfig
+from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import CLASSES, Split, batches, load_data
+from demo_lib.deploy import serving
+from demo_lib.deploy.packaging import log_classifier, raw_images
+from demo_lib.deploy.serving import serve, time_calls
 from demo_lib.model import build_model
-from demo_lib.packaging import PackageError, log_classifier, raw_images
-from demo_lib.serving import ServingError, serve, time_calls
-from demo_lib.tracking import connect, log_model, open_store
+from demo_lib.ops import processes
+from demo_lib.ops.guard import alive
+from demo_lib.store import connect, open_store
+from demo_lib.tracking import log_model
 from demo_lib.training import fit, predict
 
 import mlflow
@@ -26,11 +29,16 @@ from tests.tools.processes import normal_signals, scoring_servers, wait_until
 URI = "models:/served@champion"
 HOLD = f"""
 import time
-from demo_lib.serving import serve
-server = serve({URI!r})
+from threading import Thread
+from demo_lib.deploy.serving import serve
+def hold():
+    global server
+    server = serve({URI!r})
+START
 print(server.url, flush=True)
 time.sleep(300)
 """
+STARTS = {"main": "hold()", "ended": "thread = Thread(target=hold); thread.start(); thread.join(); time.sleep(2)"}
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +134,16 @@ def test_scaled_pixels_pass_as_zeros(served, server):
 
 @pytest.mark.slow
 def test_no_server_outlives_its_process(served):
-    """Ctrl-C, SIGTERM and SIGKILL at once, as each server takes seconds to start."""
-    ends = ("SIGINT", "SIGTERM", "SIGKILL") if sys.platform == "linux" else ("SIGINT",)
-    command = [sys.executable, "-c", HOLD]
+    """Ctrl-C, SIGTERM and SIGKILL at once, as each server takes seconds to start, also by a thread that has ended."""
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    scripts = {end: subprocess.Popen(command, preexec_fn=normal_signals, **quiet) for end in ends}
-    for name, script in scripts.items():
+    scripts = {}
+    for end, thread in (("SIGINT", "main"), ("SIGTERM", "main"), ("SIGKILL", "main"), ("SIGKILL", "ended")):
+        command = [sys.executable, "-c", HOLD.replace("START", STARTS[thread])]
+        scripts[end, thread] = subprocess.Popen(command, preexec_fn=normal_signals, **quiet)
+    for (end, _), script in scripts.items():
         url = script.stdout.readline().strip()
         assert requests.get(f"{url}/health").status_code == 200
-        script.send_signal(getattr(signal, name))
+        script.send_signal(getattr(signal, end))
         script.wait(30)
         with script.stdout:
             wait_until(lambda url=url: refuses(url))
@@ -149,30 +158,34 @@ def refuses(url):
 
 
 def children():
-    return psutil.Process().children(recursive=True)
+    return set(psutil.Process().children(recursive=True))
+
+
+def all_started(before):
+    wait_until(lambda: len(children() - before) >= 3)  # the guard, MLflow, and the server that it starts
+    return children() - before
 
 
 def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch):
-    before = set(children())
-    started = []
+    before, started = children(), []
 
-    def interrupt(url, process, seconds):
-        started.extend(set(children()) - before)
+    def interrupt(*arguments):
+        started.extend(all_started(before))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serving, "wait_for_health", interrupt)
+    monkeypatch.setattr(processes, "wait_for_health", interrupt)
     with pytest.raises(KeyboardInterrupt):
         serve(URI)
-    assert started and not any(process.is_running() for process in started)
+    assert started and not any(map(alive, started))
 
 
 def test_a_server_that_nothing_refers_to_is_ended(monkeypatch):
-    before = set(children())
-    monkeypatch.setattr(serving, "wait_for_health", lambda *arguments: None)
+    before = children()
+    monkeypatch.setattr(processes, "wait_for_health", lambda *arguments: None)
     server = serve(URI)
-    (started,) = set(children()) - before
+    started = all_started(before)
     del server
-    assert not started.is_running()
+    assert not any(map(alive, started))
 
 
 @pytest.mark.parametrize(
@@ -184,19 +197,19 @@ def test_a_server_that_nothing_refers_to_is_ended(monkeypatch):
 )
 def test_a_server_that_does_not_come_up_is_explained_and_ended(uri, seconds, words, monkeypatch):
     monkeypatch.setattr(serving, "find_model", lambda uri: None)  # it is deleted in the same moment
-    before = set(children())
-    with pytest.raises(ServingError, match=words) as caught:
+    before = children()
+    with pytest.raises(DemoError, match=words) as caught:
         serve(uri, seconds)
     assert uri in str(caught.value) and "\n" not in str(caught.value)
-    assert set(children()) == before
+    assert children() == before
 
 
 @pytest.mark.parametrize("uri", ["", None, "served", "models:/served@nobody", "http://127.0.0.1:9/x"])
 def test_an_address_that_has_no_model_is_one_sentence_with_advice(uri):
-    before = set(children())
-    with pytest.raises(PackageError, match=r"there is no model at .*: give a model's address, such as models:/"):
+    before = children()
+    with pytest.raises(DemoError, match=r"there is no model at .*: give a model's address, such as models:/"):
         serve(uri)
-    assert set(children()) == before
+    assert children() == before
 
 
 def test_calls_are_timed_by_batch():

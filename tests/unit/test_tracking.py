@@ -3,24 +3,19 @@
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 
-from demo_lib import tracking
-from demo_lib.config import ROOT, TrainConfig
+from demo_lib import internals, tracking
+from demo_lib.config import ROOT, DemoError, TrainConfig
 from demo_lib.data import batches, load_data
+from demo_lib.interrupts import signals, terminable
 from demo_lib.model import build_model
-from demo_lib.tracking import (
-    TrackingError,
-    batched_metrics,
-    connect,
-    own_model_name,
-    own_name,
-    provenance,
-    truthful_status,
-    ui_link,
-)
+from demo_lib.store import connect, open_store, own_model_name, own_name, ui_link
+from demo_lib.tracking import batched_metrics, provenance, truthful_status
 
 import mlflow
 import pytest
@@ -33,7 +28,8 @@ from tests.tools.processes import normal_signals
 RUN = """
 import os, signal, sys, time
 import mlflow
-from demo_lib.tracking import batched_metrics, connect, provenance, truthful_status
+from demo_lib.tracking import batched_metrics, provenance, truthful_status
+from demo_lib.store import connect
 connect("ends")
 with mlflow.start_run(tags=provenance()) as run, truthful_status(), batched_metrics(seconds=600) as log_metrics:
     log_metrics({"loss": 1.0}, step=1)
@@ -66,14 +62,14 @@ def test_connecting_twice_gives_the_same_experiment(home):
 def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(home):
     experiment = connect("gone")
     MlflowClient().delete_experiment(experiment.experiment_id)
-    with pytest.raises(TrackingError, match=f"restore --experiment-id {experiment.experiment_id}"):
+    with pytest.raises(DemoError, match=f"restore --experiment-id {experiment.experiment_id}"):
         connect("gone")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "store").touch()
     monkeypatch.setenv("DEMO_HOME", str(tmp_path))
-    with pytest.raises(TrackingError, match=r"can't be made .*DEMO_HOME"):
+    with pytest.raises(DemoError, match=r"can't be made .*DEMO_HOME"):
         connect("anything")
 
 
@@ -86,7 +82,7 @@ def test_an_unreachable_server_is_one_sentence_within_5_seconds(home, monkeypatc
         ]
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{address}")
         started = time.monotonic()
-        with pytest.raises(TrackingError, match="no MLflow server answers at http://") as error:
+        with pytest.raises(DemoError, match="no MLflow server answers at http://") as error:
             connect("anything")
         assert time.monotonic() - started < 5
     assert "secret" not in str(error.value)
@@ -122,12 +118,26 @@ def test_without_git_only_the_commit_is_missing(home, monkeypatch, tmp_path):
         ("sqlite:///{home}/store", "is a folder: MLFLOW_TRACKING_URI must name a file in it"),
         ("{home}/mlruns", "is no store: set it to a server's http address, to sqlite:// and the path of a file"),
         ("foo://bar", "MLFLOW_TRACKING_URI = 'foo://bar' is no store"),
+        ("sqlite://", "MLFLOW_TRACKING_URI = 'sqlite://' is no store"),
     ],
 )
 def test_an_address_that_is_no_store_is_one_sentence(home, monkeypatch, address, sentence):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(home=home))
-    with pytest.raises(TrackingError, match=sentence):
+    with pytest.raises(DemoError, match=sentence):
         connect("anything")
+
+
+def test_sqlite_is_told_once_that_the_table_of_last_values_is_large(tmp_path, monkeypatch):
+    """Without these statistics, sorting 10,000 runs by a metric takes 5 s, with them 0.04 s."""
+    database = tmp_path / "of_mlflow_itself.db"
+    internals.make_store(f"sqlite:///{database}", tmp_path.as_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    for _ in range(2):
+        open_store()
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT * FROM sqlite_stat1 WHERE tbl = 'latest_metrics'").fetchall() == [
+            ("latest_metrics", "sqlite_autoindex_latest_metrics_1", "40000 400 1")
+        ]
 
 
 def test_an_exception_ends_the_run_failed_with_the_error(home):
@@ -150,12 +160,9 @@ def test_an_interrupt_ends_the_run_and_those_nested_in_it_killed(home):
     assert mlflow.active_run() is None
 
 
-@pytest.mark.parametrize("work", [5, 0])
-def test_an_interrupt_waits_for_the_query_that_it_meets(home, work, request):
-    """Cut off, the query would keep the SQLite file locked while the interrupt ends the run.
-
-    Afterwards it ends a wait of 5 s, and is not lost where nothing is left to do.
-    """
+@pytest.mark.parametrize("query", [1, 4, 9])
+def test_an_interrupt_in_the_middle_of_a_query_leaves_the_store_open_to_write(home, query, request):
+    """While its traceback lives, what was cut off would keep the SQLite file locked: the run could not be ended."""
     connect("signals")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes its background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -163,21 +170,41 @@ def test_an_interrupt_waits_for_the_query_that_it_meets(home, work, request):
     met = []
 
     def interrupt(*arguments):
-        if not met:
-            met.append(time.monotonic())
+        met.append(time.monotonic())
+        if len(met) == query:
             signal.raise_signal(signal.SIGINT)
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), mlflow.start_run() as run, truthful_status():
         sqlalchemy.event.listen(engine, "after_cursor_execute", interrupt)
-        try:
-            mlflow.log_param("whole", 1)
-            time.sleep(work)
-        finally:
-            sqlalchemy.event.remove(engine, "after_cursor_execute", interrupt)
-    assert met and time.monotonic() - started < 5
-    found = mlflow.get_run(run.info.run_id)
-    assert found.info.status == "KILLED" and found.data.params == {"whole": "1"}
+        request.addfinalizer(lambda: sqlalchemy.event.remove(engine, "after_cursor_execute", interrupt))
+        for number in range(9):
+            mlflow.log_param(f"p{number}", 1)
+    assert time.monotonic() - met[query - 1] < 5  # MLflow waits 20 s for a lock
+    assert mlflow.get_run(run.info.run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_comes_again(signum):
+    """An exception in a `__del__` is printed and dropped: GitPython's, which each run calls, met one in seventy."""
+
+    class Fragile:
+        def __del__(self):
+            signal.raise_signal(signum)
+
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda *_: None}
+    with signals(ours), pytest.raises(KeyboardInterrupt), terminable():
+        Fragile()
+        time.sleep(5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_the_run_is_closed_changes_nothing(home, signum, monkeypatch):
+    connect("signals")
+    close = tracking._close_down_to
+    monkeypatch.setattr(tracking, "_close_down_to", lambda *args: (signal.raise_signal(signum), close(*args)))
+    with pytest.raises(KeyboardInterrupt), mlflow.start_run() as run, truthful_status():
+        raise KeyboardInterrupt
+    assert mlflow.get_run(run.info.run_id).info.status == "KILLED"
 
 
 def test_success_ends_the_run_finished(home):
@@ -189,7 +216,7 @@ def test_success_ends_the_run_finished(home):
 
 
 def test_truthful_status_needs_a_run(home):
-    with pytest.raises(TrackingError, match="needs an active run"), truthful_status():
+    with pytest.raises(DemoError, match="needs an active run"), truthful_status():
         pass
 
 
@@ -276,9 +303,7 @@ def test_links_lead_to_the_local_ui_or_the_server_without_its_password(home, mon
 
 @pytest.mark.slow
 def test_twenty_processes_start_on_a_fresh_store(tmp_path):
-    code = (
-        "from demo_lib.tracking import connect; import mlflow; connect('crowd'); mlflow.start_run(); mlflow.end_run()"
-    )
+    code = "from demo_lib.store import connect; import mlflow; connect('crowd'); mlflow.start_run(); mlflow.end_run()"
     environment = os.environ | {"DEMO_HOME": str(tmp_path)}
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)

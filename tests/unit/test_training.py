@@ -1,6 +1,6 @@
 """The network and its training."""
 
-from demo_lib.config import ConfigError, TrainConfig
+from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import load_data
 from demo_lib.model import build_model, summarize
 from demo_lib.training import count_records, evaluate, fit, pick_device, predict
@@ -81,7 +81,7 @@ def test_predicting_changes_nothing(data):
 
 def test_a_device_that_is_not_there_is_refused():
     missing = "mps" if not torch.backends.mps.is_available() else "cuda"
-    with pytest.raises(ConfigError, match=f"device = '{missing}' is not on this machine: choose auto or one of"):
+    with pytest.raises(DemoError, match=f"device = '{missing}' is not on this machine: choose auto or one of"):
         pick_device(TrainConfig(device=missing))
     assert pick_device(TrainConfig()).type in ("cpu", "cuda", "mps")
 
