@@ -40,9 +40,10 @@ server: $(INSTALLED)
 lint: $(DEVELOPER)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 lock: $(DEVELOPER)
-	$(BIN)/uv pip compile -q --universal --upgrade --no-annotate --no-header --no-emit-index-url --extra dev pyproject.toml -o constraints.txt
+	$(BIN)/python -m tests.tools.lock
 
 clean:
 	git clean -idX
