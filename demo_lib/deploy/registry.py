@@ -171,8 +171,9 @@ def _accuracy(version: ModelVersion, data: FashionData) -> float:
         if is_of_the_store(error):
             raise
         why = f"can't be loaded or is no classifier of raw images ({reason(error)})"
-        name = f"version {version.version} of {version.name!r}"
-        raise DemoError(f"{name} {why}: register what `log_classifier` made.") from None
+        is_champion = "champion" in version.aliases
+        todo = "move the alias `champion` away from it" if is_champion else "register what `log_classifier` made"
+        raise DemoError(f"version {version.version} of {version.name!r} {why}: {todo}.") from None
 
 
 def _record(candidate: ModelVersion, decision: Decision) -> None:
@@ -184,6 +185,8 @@ def _record(candidate: ModelVersion, decision: Decision) -> None:
 
 
 def _move(champion: ModelVersion | None, candidate: ModelVersion) -> None:
+    if champion is None and "previous" in candidate.aliases:
+        MlflowClient().delete_registered_model_alias(candidate.name, "previous")  # a roll back would lead to itself
     set_alias = MlflowClient().set_registered_model_alias
     for version, alias in ((champion, "previous"), (candidate, "champion")):
         if version is not None:

@@ -245,6 +245,15 @@ def test_a_version_that_is_no_classifier_is_one_sentence(versions):
     with pytest.raises(DemoError, match=f"version {network} of 'm' can't be loaded or is no classifier") as error:
         promote("m", network)
     assert "\n" not in str(error.value) and tags(network) == {}
+    set_champion(network)
+    with pytest.raises(DemoError, match=f"version {network} of 'm' .*: move the alias `champion` away from it"):
+        promote("m", versions.good)
+
+
+def test_the_former_champion_that_is_champion_again_is_not_the_previous_one(versions):
+    MlflowClient().set_registered_model_alias("m", "previous", versions.good)
+    promote("m", versions.good)
+    assert MlflowClient().get_registered_model("m").aliases == {"champion": find_champion("m").version}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("two\nlines"), ValueError(), AttributeError("no label")])
