@@ -122,6 +122,8 @@ def _refuse_database(address: str, manifest: dict[str, Any]) -> None:
     if manifest["schema"] != schema_version():
         made = manifest["mlflow"]
         raise DemoError(f"the backup is of MLflow {made}, this is {mlflow.__version__}: install that one.")
+    if (file := sqlite_file(address)) and not file.exists():
+        return  # connecting would make it
     with connect(address) as connection:
         if _counts(connection):
             shown = url.render_as_string(hide_password=True)

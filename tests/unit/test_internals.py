@@ -23,7 +23,7 @@ def test_one_request_is_sent_and_not_again(tmp_path):
         answer = internals.ask(uri, "/api/2.0/mlflow/experiments/search", "POST", json={"max_results": 1}, timeout=9)
     assert answer.json()["experiments"][0]["name"] == "Default"
     with pytest.raises(mlflow.MlflowException):
-        internals.ask(uri, "/version", "GET", max_retries=0, timeout=1)
+        internals.ask(uri, "/version", "GET", timeout=1)
 
 
 def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
@@ -38,7 +38,8 @@ def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
 
 
 def test_the_active_experiment_is_known_without_a_run(home):
-    assert internals.active_experiment_id() == connect("chosen").experiment_id
+    chosen = connect("chosen")
+    assert internals.active_experiment_id() == chosen.experiment_id
 
 
 def test_both_kinds_of_store_still_have_what_bulk_histories_ask(home):
