@@ -116,14 +116,11 @@ def _train(given: argparse.Namespace) -> None:
 
 
 def _tune(given: argparse.Namespace) -> None:
-    config = _config(TuneConfig, given)
-    if given.join is not None and (given.config or TuneConfig.model_fields.keys() & vars(given).keys()):
-        raise DemoError("--join takes the configuration from the study: leave out all other options but --storage.")
-    from demo_lib.ops.workers import tune
-    from demo_lib.tuning import join
-
     if given.join is not None:
-        return join(given.join, given.storage)
+        return _join(given)
+    config = _config(TuneConfig, given)
+    from demo_lib.ops.workers import tune
+
     run = tune(config, storage=given.storage)
     tags, metrics = run.data.tags, run.data.metrics
     _say(
@@ -131,6 +128,14 @@ def _tune(given: argparse.Namespace) -> None:
         f"best of {config.trials} trials: number {tags['best_trial']}, run {tags['best_run_id']}",
         f"validation accuracy {metrics['best_val_accuracy']:.2%}, test accuracy {metrics['test_accuracy']:.2%}",
     )
+
+
+def _join(given: argparse.Namespace) -> None:
+    if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
+        raise DemoError("--join takes the configuration from the study: leave out all other options but --storage.")
+    from demo_lib.tuning import join
+
+    join(given.join, given.storage)
 
 
 def _run(given: argparse.Namespace) -> int:

@@ -38,17 +38,21 @@ def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
     `storage` is a database address of Optuna's, by default the SQLite file `store/optuna.db`; with "memory" nothing
     lasts. MLflow's own database, or one that can't be opened, is a DemoError.
     """
-    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-    if config.prune:  # the first epochs of a one-cycle schedule say little
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(2, config.epochs // 3))
     opened = None if storage == MEMORY else open_storage(storage)
-    study = optuna.create_study(
-        storage=opened, study_name=config.study, direction="maximize", pruner=pruner, load_if_exists=True
-    )
+    study = optuna.create_study(storage=opened, study_name=config.study, direction="maximize", load_if_exists=True)
+    equip(study, config)
+    return study
+
+
+def equip(study: optuna.Study, config: TuneConfig, alone: bool = True) -> None:
+    """Give the study its pruner and sampler, which no storage keeps; `alone` if this process does all trials."""
+    study.pruner = optuna.pruners.NopPruner()
+    if config.prune:  # the first epochs of a one-cycle schedule say little
+        study.pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(2, config.epochs // 3))
     # Five trials at random, then TPE learns: Optuna's ten would be all of a short study. The same seed again would draw
     # the same trials again.
-    study.sampler = TPESampler(n_startup_trials=5, multivariate=True, seed=config.seed + len(study.trials))
-    return study
+    seed = config.seed + len(study.trials) if alone else None
+    study.sampler = TPESampler(n_startup_trials=5, multivariate=True, constant_liar=not alone, seed=seed)
 
 
 def open_storage(address: str | None = None) -> RDBStorage:

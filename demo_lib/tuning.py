@@ -22,6 +22,7 @@ from demo_lib.study import (
     await_idle,
     close_dead,
     done,
+    equip,
     open_storage,
     open_study,
     parent_run,
@@ -37,7 +38,6 @@ import optuna
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 from tqdm import tqdm
 
@@ -93,12 +93,11 @@ def join(name: str, storage: str | None = None) -> None:
     """
     open_store()
     try:
-        begun = optuna.load_study(study_name=name, storage=open_storage(storage)).user_attrs
-        config, parent_run_id = TuneConfig(**begun["config"]), begun["parent_run_id"]
+        study = optuna.load_study(study_name=name, storage=open_storage(storage))
+        config, parent_run_id = TuneConfig(**study.user_attrs["config"]), study.user_attrs["parent_run_id"]
     except KeyError:
         raise DemoError(f"no study {name!r} has begun: begin it with `tune --study`, or correct --storage.") from None
-    study = open_study(config, storage)
-    study.sampler = TPESampler(n_startup_trials=5, multivariate=True, constant_liar=True)  # others run meanwhile
+    equip(study, config, alone=False)
     return_to(parent_run_id)
     with terminable():
         do_trials(study, config, load_data(config.train_config()), show=lambda: None)
