@@ -133,7 +133,7 @@ def _tune(given: argparse.Namespace) -> None:
 def _join(given: argparse.Namespace) -> None:
     if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
         raise DemoError("--join takes the configuration from the study: leave out all other options but --storage.")
-    from demo_lib.tuning import join
+    from demo_lib.ops.workers import join
 
     join(given.join, given.storage)
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from annotated_types import Ge, Le
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "notebooks"
-KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text that is not blank"}
+# Path.expanduser raises where ~ has no such user.
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)).absolute())]  # noqa: PTH111
 
 
 class DemoError(Exception):
@@ -47,16 +46,6 @@ def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _absolute(path: Path) -> Path:
-    try:
-        return path.expanduser().absolute()
-    except RuntimeError as error:  # ~ and a name that is no user's
-        raise ValueError(str(error)) from None
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class Settings(BaseSettings):
@@ -145,7 +134,6 @@ class TuneConfig(Config):
     train_images: int = Field(2_000, ge=200, le=60_000, description="images to train and validate on, at most")
     epochs: int = Field(3, ge=1, le=100, description="passes over the training images in each trial")
     prune: bool = Field(True, description="stop trials that do worse than half of the others")
-    stop_on_error: bool = Field(False, description="end the study when a trial fails")
     log_every: int = Field(10, ge=1, le=10_000, description="optimizer steps between two logged losses")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="seeds each trial's training, and a single worker's sampler")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes the fastest there is")
@@ -158,35 +146,18 @@ class TuneConfig(Config):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of `name: value` lines; a file that can't be read or is no such mapping is a DemoError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DemoError(f"{path} can't be read ({error}); name an existing YAML file.") from None
-    except yaml.YAMLError as error:
-        where = f" at line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise DemoError(f"{path} is not valid YAML{where}; write one `name: value` a line.") from None
-    if not isinstance(values or {}, dict) or not all(isinstance(name, str) for name in values or {}):
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DemoError(f"{path} can't be read as YAML ({' '.join(str(error).split())}): mend or correct it.") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DemoError(f"{path} must hold one `name: value` a line, not a {type(values).__name__}.")
-    return values or {}
+    return values
 
 
 def explain(cls: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
-    """Turn the errors of a model into one sentence each, naming field, value and allowed range."""
-    return " ".join(_explain_one(cls, detail, prefix) for detail in error.errors())
-
-
-def _explain_one(cls: type[BaseModel], detail: Mapping[str, Any], prefix: str) -> str:
-    name = str(detail["loc"][0])
-    if (field := cls.model_fields.get(name)) is None:
+    """Turn a model's first error into one sentence that names the field, its value and what is allowed."""
+    detail = error.errors()[0]
+    name, allowed = str(detail["loc"][0]), detail["msg"].replace("Input", "it").replace("String", "it")
+    if name not in cls.model_fields:
         return f"{cls.__name__} has no field {name!r}; it has {', '.join(cls.model_fields)}."
-    label = f"{prefix}{name.upper()}" if prefix else name
-    return f"{label} = {detail['input']!r} is not allowed: it must be {_allowed(field)}."
-
-
-def _allowed(field: FieldInfo) -> str:
-    """Say in words which values a field takes, e.g. `a whole number from 1 to 100`."""
-    choices = getattr(field.annotation, "__args__", None)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "one of " + ", ".join(choices)
-    kind = KINDS.get(field.annotation, "a valid value")
-    bounds = [bound.ge if isinstance(bound, Ge) else bound.le for bound in field.metadata if isinstance(bound, Ge | Le)]
-    return f"{kind} from {bounds[0]} to {bounds[1]}" if len(bounds) == 2 else kind
+    return f"{f'{prefix}{name.upper()}' if prefix else name} = {detail['input']!r} is not allowed: {allowed}."

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import socket
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from demo_lib.config import DemoError, TrainConfig, settings, whole_file
+from demo_lib.config import DemoError, TrainConfig, settings
 
 import torch
 from torch import Tensor
@@ -39,7 +38,6 @@ SAMPLE_SHA256 = {
     "t10k-images-idx3-ubyte": "15a92dd1e9b16ea361928086e77df4dfa890c255c00b5a8c8162c1040ce8eef1",
     "t10k-labels-idx1-ubyte": "234596aeb6eb48133ec99a62541f90bc0728c9559a681f1e0638037462458f2c",
 }
-SAMPLE_TEXT = "the shipped sample of 9,800 images, NOT the whole set"
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,10 @@ class Split:
 
 @dataclass(frozen=True)
 class FashionData:
-    """The four splits, what they are a part of (`name`), where they were read (`source`), and `digest`."""
+    """The splits, what they are a part of (`name`), where they were read (`source`), and `digest`.
+
+    The digest is the first 16 hex digits of the SHA-256 over those of the four raw files and the way they are split.
+    """
 
     train: Split
     validation: Split
@@ -74,32 +75,6 @@ class FashionData:
         return f"{self.name} from {self.source}: {sizes} (digest {self.digest})"
 
 
-@dataclass(frozen=True)
-class Source:
-    """The content of the four raw files by name, checked against `sha256`, and its place: `text` in words, `folder`."""
-
-    text: str
-    folder: Path
-    sha256: dict[str, str]
-    files: dict[str, bytes]
-
-    @property
-    def name(self) -> str:
-        """What the data is called in MLflow: the sample must not pass for the whole set."""
-        return "fashion-mnist" if self.sha256 is FULL_SHA256 else "fashion-mnist-sample"
-
-    @property
-    def digest(self) -> str:
-        """The first 16 hex digits of the SHA-256 over the digests of the four raw files and the way they are split."""
-        return hashlib.sha256("".join([*self.sha256.values(), SPLIT]).encode()).hexdigest()[:16]
-
-    def split(self, part: Literal["train", "t10k"]) -> Split:
-        """Return all images of the part: an IDX file is a short header, of 16 or 8 bytes, and the tensor's bytes."""
-        images, labels = (bytearray(self.files[f"{part}-{kind}-ubyte"]) for kind in ("images-idx3", "labels-idx1"))
-        pixels = torch.frombuffer(images, dtype=torch.uint8, offset=16)
-        return Split(pixels.view(-1, 1, 28, 28), torch.frombuffer(labels, dtype=torch.uint8, offset=8).long())
-
-
 def load_data(config: TrainConfig | None = None) -> FashionData:
     """Find Fashion-MNIST and return its splits, fixed by `config.seed` and `train_images`, stratified by class.
 
@@ -108,10 +83,9 @@ def load_data(config: TrainConfig | None = None) -> FashionData:
     is always whole. With one seed, no size has in its training split what another has in its validation split.
     Errors are those of `find_data`.
     """
-    config = config or TrainConfig()
-    source = find_data()
-    known = source.split("train")
-    members = known.labels.argsort(stable=True).view(len(CLASSES), -1)  # one row a class: all have as many images
+    config, whole = config or TrainConfig(), find_data()
+    images, labels = whole.train.images, whole.train.labels
+    members = labels.argsort(stable=True).view(len(CLASSES), -1)  # one row a class: all have as many images
     kept = members.shape[1] // 12
     others, gate = members[:, :-kept], members[:, -kept:]
     drawn = torch.rand(others.shape, generator=torch.Generator().manual_seed(config.seed)).argsort(dim=1, stable=True)
@@ -119,10 +93,8 @@ def load_data(config: TrainConfig | None = None) -> FashionData:
     size = min(config.train_images, len(order))
     held_out = size // 12
     parts = order[: size - held_out], order[-held_out:], gate.T.flatten()
-    train, validation, gated = (Split(known.images[part], known.labels[part]) for part in parts)
-    return FashionData(
-        train, validation, gated, source.split("t10k"), name=source.name, source=source.text, digest=source.digest
-    )
+    train, validation, gated = (Split(images[part], labels[part]) for part in parts)
+    return replace(whole, train=train, validation=validation, gate=gated)
 
 
 def batches(
@@ -143,66 +115,59 @@ def batches(
         yield images, split.labels[index.to(device)]
 
 
-def find_data() -> Source:
+def find_data() -> FashionData:
     """Return the first of: DEMO_DATA_DIR, the cache, Debian's package, torchvision's download, the shipped sample.
 
-    Every file is checked against its SHA-256. The cache keeps what comes from the package or the download.
-    A file that is missing from the named folder, damaged, unreadable or that can't be stored is a DemoError.
+    It is not split yet: all its training images are in `train`. Every file is checked against its SHA-256; one that is
+    missing, damaged or unreadable is a DemoError.
     """
     options, cache = settings(), settings().home / "data"
     if options.data_dir:
-        return Source(f"folder {options.data_dir}", options.data_dir, FULL_SHA256, _read(options.data_dir, FULL_SHA256))
-    if not all(_is_file(cache / RAW / name) for name in FULL_SHA256):
-        try:
-            files = _read(DEBIAN, FULL_SHA256) if DEBIAN.is_dir() else _download(cache) if options.download else {}
-            for name, content in files.items():
-                (cache / RAW).mkdir(parents=True, exist_ok=True)
-                with whole_file(cache / RAW / name) as partial:
-                    partial.write_bytes(content)
-        except OSError as error:
-            why = f"{cache} can't be written ({error.strerror}): free it, or set DEMO_HOME to a folder that can."
-            raise DemoError(why) from None
-        if not files:
-            return Source(SAMPLE_TEXT, SAMPLE, SAMPLE_SHA256, _read(SAMPLE, SAMPLE_SHA256))
-    files = _read(cache, FULL_SHA256, repair="delete it and run again")
-    return Source("the cache", cache, FULL_SHA256, files)
+        return _read(f"folder {options.data_dir}", options.data_dir)
+    if not (cache / RAW).is_dir() and DEBIAN.is_dir():
+        return _read("Debian's package", DEBIAN)
+    if (cache / RAW).is_dir() or (options.download and _download(cache)):
+        return _read("the cache", cache)
+    return _read("the shipped sample of 9,800 images, NOT the whole set", SAMPLE)
 
 
-def _download(cache: Path) -> dict[str, bytes]:
-    """Let torchvision download the files and return them as `_read` does; none where that fails."""
-    cache.mkdir(parents=True, exist_ok=True)
+def _download(cache: Path) -> bool:
+    """Let torchvision download the files to the cache, whole or not at all; whether they are there then."""
     before = socket.getdefaulttimeout()
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-        socket.setdefaulttimeout(5)
-        try:
-            from torchvision.datasets import FashionMNIST  # here only: it takes seconds to load
+    socket.setdefaulttimeout(5)
+    try:
+        from torchvision.datasets import FashionMNIST  # here only: it takes seconds to load
 
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
             FashionMNIST(folder, download=True)
-        except (OSError, RuntimeError):
-            return {}
-        finally:
-            socket.setdefaulttimeout(before)
-        return _read(Path(folder), FULL_SHA256)
+            (cache / RAW).parent.mkdir(exist_ok=True)
+            Path(folder, RAW).rename(cache / RAW)
+    except (OSError, RuntimeError):  # no network, no room, or another process was faster
+        pass
+    finally:
+        socket.setdefaulttimeout(before)
+    return (cache / RAW).is_dir()
 
 
-def _read(folder: Path, sha256: dict[str, str], repair: str = "replace it by a good copy") -> dict[str, bytes]:
-    """Return the content of the files by name, gunzipped and checked; a bad one is an error that says how to repair."""
-    files = {}
-    for name, expected in sha256.items():
-        places = [folder / RAW / name, folder / name, folder / f"{name}.gz", folder / RAW / f"{name}.gz"]
-        if (path := next(filter(_is_file, places), None)) is None:
-            raise DemoError(f"{folder} has no {name} (nor {name}.gz): put Fashion-MNIST's four files there.")
+def _read(source: str, folder: Path) -> FashionData:
+    """Read the files and check them; an IDX file is a short header, of 16 or 8 bytes, and the tensor's bytes."""
+    name, sha256 = ("fashion-mnist-sample", SAMPLE_SHA256) if folder == SAMPLE else ("fashion-mnist", FULL_SHA256)
+    repair = "replace it by a good copy, or delete the cache if it is in one"
+    found = []
+    for file, expected in sha256.items():
+        places = [folder / RAW / file, folder / file, folder / f"{file}.gz", folder / RAW / f"{file}.gz"]
+        if (path := next(filter(os.path.isfile, places), None)) is None:
+            raise DemoError(f"{folder} has no {file} (nor {file}.gz): put Fashion-MNIST's four files there.")
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                files[name] = file.read()
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as opened:
+                content = opened.read()
         except (OSError, EOFError, zlib.error) as error:
-            raise DemoError(f"{path} can't be read ({error}): make it readable, or {repair}.") from None
-        if hashlib.sha256(files[name]).hexdigest() != expected:
+            raise DemoError(f"{path} can't be read ({error}): {repair}.") from None
+        if hashlib.sha256(content).hexdigest() != expected:
             raise DemoError(f"{path} is truncated or altered (its SHA-256 differs): {repair}.")
-    return files
-
-
-def _is_file(path: Path) -> bool:
-    with suppress(OSError):  # a folder that this user may not look into
-        return path.is_file()
-    return False
+        found.append(torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16 if "images" in file else 8))
+    train, test = (Split(found[i].view(-1, 1, 28, 28), found[i + 1].long()) for i in (0, 2))
+    none = Split(train.images[:0], train.labels[:0])
+    digest = hashlib.sha256("".join([*sha256.values(), SPLIT]).encode()).hexdigest()[:16]
+    return FashionData(train, none, none, test, name, source, digest)

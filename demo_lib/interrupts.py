@@ -29,11 +29,11 @@ def terminable() -> Iterator[None]:
         raise Terminated
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt):  # it came in a `__del__`, where Python drops exceptions
-            signum = signal.SIGTERM if lost.exc_type is Terminated else signal.SIGINT
-            threading.Timer(0.1, signal.raise_signal, [signum]).start()
-        else:
-            before(lost)
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            return before(lost)
+        # It came in a `__del__`, where Python drops exceptions.
+        signum = signal.SIGTERM if lost.exc_type is Terminated else signal.SIGINT
+        threading.Timer(0.1, signal.raise_signal, [signum]).start()
 
     before, sys.unraisablehook = sys.unraisablehook, hook
     try:
@@ -49,9 +49,8 @@ def terminable() -> Iterator[None]:
 @contextmanager
 def signals(handlers: Mapping[int, Any]) -> Iterator[None]:
     """Handle signals like this in the block, in the main thread: no other can."""
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
-    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    here = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items() if here}
     try:
         yield
     finally:

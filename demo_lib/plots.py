@@ -10,15 +10,13 @@ import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Told apart by colour-blind people and in print: colours, and styles and markers that repeat only after 36 lines.
-COLORS = color_sequences["petroff8" if "petroff8" in color_sequences else "petroff10"]
-STYLES = ["-", "--", "-.", ":"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*", "p"]
+COLORS = color_sequences["petroff8"]
+# Told apart by colour-blind people and in print: 32 lines differ in colour, or in marker and style.
+LINES = plt.cycler(linestyle=["-", "--", "-.", ":"]) * (plt.cycler(color=COLORS) + plt.cycler(marker=list("os^DvPX*")))
 
 
 def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figure:
@@ -60,37 +58,11 @@ def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str
     """
     points = _metric(history, metric)
     figure, axis = _axes(metric, metric)
-    for number, (run_id, line) in enumerate(points.groupby("run_id", sort=False)):
-        axis.plot(
-            line["step"],
-            line["value"],
-            color=COLORS[number % len(COLORS)],
-            linestyle=STYLES[number % len(STYLES)],
-            marker=MARKERS[number % len(MARKERS)],
-            markevery=max(1, len(line) // 10),
-            label=labels.get(run_id, run_id[:8]),
-        )
+    axis.set_prop_cycle(LINES)
+    for run_id, line in points.groupby("run_id", sort=False):
+        label, often = labels.get(run_id, run_id[:8]), max(1, len(line) // 10)
+        axis.plot(line["step"], line["value"], markevery=often, label=label)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return figure
-
-
-def call_times(timings: pd.DataFrame) -> Figure:
-    """Draw the time of a call and the images per second by batch size, one line for each way of calling.
-
-    `timings` has the columns way, images (in a call), milliseconds (of a call), images_per_second.
-    """
-    titles = {"milliseconds": "median milliseconds of a call", "images_per_second": "images per second"}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for number, (way, line) in enumerate(timings.groupby("way", sort=False)):
-            style = STYLES[number % len(STYLES)] + MARKERS[number % len(MARKERS)]
-            axis.plot(line["images"], line[column], style, color=COLORS[number % len(COLORS)], label=way)
-        axis.set(xscale="log", yscale="log", xlabel="images in a call", title=title)
-        axis.set_xticks(timings["images"].unique(), timings["images"].unique())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:,g}")
-        axis.minorticks_off()
-    axes[0].legend()
     return figure
 
 

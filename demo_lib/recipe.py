@@ -9,8 +9,8 @@ from demo_lib.config import TrainConfig
 from demo_lib.data import batches, load_data
 from demo_lib.model import build_model, summarize
 from demo_lib.store import connect
-from demo_lib.tracking import batched_metrics, log_config, log_datasets, log_model, provenance, truthful_status
-from demo_lib.training import count_records, evaluate, fit
+from demo_lib.tracking import log_config, log_datasets, log_model, provenance, truthful_status
+from demo_lib.training import evaluate, fit
 
 import mlflow
 from mlflow.entities import Run
@@ -27,23 +27,21 @@ def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str
     data = load_data(config)
     print(data)
     model = build_model(config)
-    with (
-        mlflow.start_run(tags=provenance(data, config) | dict(tags or {})) as run,
-        truthful_status(),
-        batched_metrics() as log_metrics,
-    ):
+    with mlflow.start_run(tags=provenance(data, config) | dict(tags or {})) as run, truthful_status():
         log_config(config)
         mlflow.log_text(summarize(model), "model_summary.txt")
         log_datasets(data)
         best, started = None, time.perf_counter()
-        for record in tqdm(fit(model, data, config), total=count_records(data, config), disable=None):
-            log_metrics(record.metrics, step=record.step)
-            best = record if record.weights else best
-        log_metrics({"fit_seconds": time.perf_counter() - started}, step=record.step)
+        with tqdm(total=config.epochs, unit="epoch", disable=None) as bar:
+            for record in fit(model, data, config):
+                mlflow.log_metrics(record.metrics, step=record.step)
+                best = record if record.weights else best
+                bar.update("val_loss" in record.metrics)
+        mlflow.log_metric("fit_seconds", time.perf_counter() - started, step=record.step)
         example = next(batches(data.test, 2))[0]
         log_model(model, "last_model", example, step=record.step)
         model.load_state_dict(best.weights)
         log_model(model, "best_model", example, step=best.step)
         test = {f"test_{name}": value for name, value in evaluate(model, data.test).items()}
-        log_metrics(test, step=best.step)
+        mlflow.log_metrics(test, step=best.step)
     return mlflow.get_run(run.info.run_id)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import socket
 import sqlite3
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from demo_lib import internals
 from demo_lib.config import DemoError, settings, sqlite_file, sqlite_uri, tracking_uri, whole_file
@@ -33,10 +34,18 @@ def connect(experiment: str) -> Experiment:
     `mlflow.start_run` goes on in that run. With a login to a server, it is one of your own, see `own_name`.
     A server that doesn't answer, and a store or an experiment that can't be used, are a DemoError.
     """
-    database = sqlite_file(open_store())
-    location = (database.parent / "artifacts" / experiment).as_uri() if database else None
-    found = _project_experiment() or _get_or_create(own_name(experiment), location)
-    mlflow.set_experiment(experiment_id=found.experiment_id)
+    database, client, name = sqlite_file(open_store()), MlflowClient(), own_name(experiment)
+    if MLFLOW_RUN_ID.get():
+        found = mlflow.set_experiment(experiment_id=_opened_run().info.experiment_id)
+    else:
+        location = (database.parent / "artifacts" / experiment).as_uri() if database else None
+        try:
+            if client.get_experiment_by_name(name) is None:
+                with suppress(MlflowException):  # another process was faster, or `set_experiment` says what is wrong
+                    client.create_experiment(name, location)
+            found = mlflow.set_experiment(name)
+        except MlflowException as error:
+            raise DemoError(f"experiment {name!r} can't be used: {error.message}") from None
     close_stale_runs([found.experiment_id])
     return found
 
@@ -45,15 +54,11 @@ def open_store() -> str:
     """Choose the tracking store as `connect` does, with the same errors but no experiment, and return its address."""
     uri = tracking_uri()
     if (database := sqlite_file(uri)) is not None:
-        if MLFLOW_RUN_ID.get() and not database.exists():
-            raise _run_not_here()  # before a store is made that nobody asked for
         make_store(database)
     elif uri.startswith("http"):
         _ask_server(uri)
     elif uri.partition(":")[0].partition("+")[0] not in DATABASES:
-        what = (
-            "set it to a server's http address, to sqlite:// and the path of a file, or to another database's address"
-        )
+        what = "set it to a server's http address, to sqlite:/// and the path of a file, or to a database's address"
         raise DemoError(f"MLFLOW_TRACKING_URI = {uri!r} is no store: {what}, or unset it.")
     mlflow.set_tracking_uri(uri)
     return uri
@@ -110,10 +115,8 @@ def this_process() -> str:
 def died_here(run: Run) -> bool:
     """Whether the run's process was on this machine and is gone; its start tells it from a later one of that pid."""
     host, pid, start = run.data.tags["process"].rsplit(":", 2)
-    if host != socket.gethostname():
-        return False
     try:
-        return abs(psutil.Process(int(pid)).create_time() - float(start)) >= 2
+        return host == socket.gethostname() and abs(psutil.Process(int(pid)).create_time() - float(start)) >= 2
     except psutil.NoSuchProcess:
         return True
 
@@ -134,16 +137,12 @@ def close_left_behind(run_id: str) -> None:
 
 
 def make_store(database: Path) -> None:
-    """Make the SQLite store if it is not there, by one process while others wait: they would break each other's tables.
-
-    A place that can't be written, or is a folder, is a DemoError.
-    """
-    if database.is_dir():
-        raise DemoError(f"the store {database} is a folder: MLFLOW_TRACKING_URI must name a file in it.")
+    """Make the SQLite store if it is not there; a place that can't be written, or is a folder, is a DemoError."""
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(database.with_name(f".{database.name}.lock")) if not database.exists() else nullcontext():
-            if not database.exists():
+        # One process makes the tables while others wait: they would break each other's.
+        with FileLock(database.with_name(f".{database.name}.lock")) if not database.is_file() else nullcontext():
+            if not database.is_file():
                 with whole_file(database) as partial:
                     internals.make_store(sqlite_uri(partial), (database.parent / "artifacts").as_uri())
     except OSError as error:
@@ -162,38 +161,25 @@ def _speed_up_sorting(database: Path) -> None:
             connection.execute("INSERT INTO sqlite_stat1 VALUES (?, ?, ?)", index)
 
 
-def _project_experiment() -> Experiment | None:
-    """Return the experiment of the run that `mlflow run` opened for this process, if it did."""
-    if not (run_id := MLFLOW_RUN_ID.get()):
-        return None
-    try:
-        opened = mlflow.get_run(run_id).info
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise _run_not_here() from None
-    if opened.status != "RUNNING":
-        raise DemoError(f"the run {run_id} that MLFLOW_RUN_ID names has ended: unset MLFLOW_RUN_ID.")
-    return mlflow.get_experiment(opened.experiment_id)
-
-
-def _run_not_here() -> DemoError:
-    what = f"the run {MLFLOW_RUN_ID.get()} that `mlflow run` opened is not in the store {tracking_uri()}"
-    todo = "before `mlflow run`, set MLFLOW_TRACKING_URI to a store's whole address, as sqlite:////home/me/mlflow.db"
-    return DemoError(f"{what}: {todo}.")
+def _opened_run() -> Run:
+    """Return the run that `mlflow run` opened for this process."""
+    with suppress(MlflowException):
+        if (run := mlflow.get_run(MLFLOW_RUN_ID.get())).info.status == "RUNNING":
+            return run
+    what = f"MLFLOW_RUN_ID = {MLFLOW_RUN_ID.get()} is no open run of the store {_without_login(tracking_uri())}"
+    todo = "before `mlflow run` set MLFLOW_TRACKING_URI to a store's whole address, as sqlite:////home/me/mlflow.db"
+    raise DemoError(f"{what}: {todo}; else unset MLFLOW_RUN_ID.")
 
 
 def _without_login(uri: str) -> str:
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return re.sub("//[^/]*@", "//", uri, count=1)
 
 
 def _ask_server(uri: str) -> None:
     """Ask once, for 4 s at most: with MLflow's default retries a wrong address takes minutes to fail."""
     shown, search = _without_login(uri), "/api/2.0/mlflow/experiments/search"
-    options = {"timeout": 4, "raise_on_status": False, "json": {"max_results": 1}}
     try:
-        status = internals.ask(uri, search, "POST", **options).status_code
+        status = internals.ask(uri, search, timeout=4, raise_on_status=False, json={"max_results": 1}).status_code
     except MlflowException:
         todo = "start it, or correct or unset MLFLOW_TRACKING_URI"
         raise DemoError(f"no MLflow server answers at {shown}: {todo}.") from None
@@ -202,19 +188,3 @@ def _ask_server(uri: str) -> None:
         raise DemoError(f"the server at {shown} refuses you ({status}): {todo}.")
     if status != 200:
         raise DemoError(f"{shown} answers {status} and is no MLflow server: correct MLFLOW_TRACKING_URI.")
-
-
-def _get_or_create(name: str, location: str | None) -> Experiment:
-    client = MlflowClient()
-    try:
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            found = client.get_experiment(client.create_experiment(name, artifact_location=location))
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_ALREADY_EXISTS":  # another process was faster
-            return _get_or_create(name, location)
-        raise DemoError(f"the store {tracking_uri()} can't be used: {error.message}") from None
-    if found.lifecycle_stage != "active":
-        todo = f"restore it with `mlflow experiments restore --experiment-id {found.experiment_id}`"
-        raise DemoError(f"experiment {name!r} was deleted: {todo}.")
-    return found

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
-from demo_lib.store import close_left_behind, died_here
+from demo_lib.store import close_left_behind
 from demo_lib.tracking import log_config
 
 import matplotlib.pyplot as plt
@@ -29,7 +28,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 HEARTBEAT, GRACE = 3, 15  # seconds between two signs of life of a trial, and of silence until it counts as dead
 MEMORY = "memory"  # the storage of a study that nobody resumes
-CHANGEABLE = {"trials", "workers", "stop_on_error"}  # when a study goes on
+CHANGEABLE = {"trials", "workers"}  # when a study goes on
 
 
 def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
@@ -84,7 +83,7 @@ def parent_run(study: optuna.Study, config: TuneConfig, tags: dict[str, str]) ->
         )
     if parent_run_id := study.user_attrs.get("parent_run_id"):
         return_to(parent_run_id)
-    tags = tags | {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
+    tags |= {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
     with mlflow.start_run(run_id=parent_run_id, run_name=config.study, tags=tags) as parent:
         if not parent_run_id:
             log_config(config, exclude=CHANGEABLE)
@@ -96,24 +95,21 @@ def parent_run(study: optuna.Study, config: TuneConfig, tags: dict[str, str]) ->
 def return_to(parent_run_id: str) -> None:
     """Make the experiment of the study's parent run the active one again; a run that is gone is a DemoError.
 
-    A run that `mlflow run` has opened meanwhile gets a tag that points there. Its id leaves the environment: the next
-    `mlflow.start_run` would go on in it.
+    The id of a run that `mlflow run` opened leaves the environment: the next `mlflow.start_run` would go on in it.
     """
-    gone = f"the study's parent run {parent_run_id} is"
+    client = MlflowClient()
     try:
-        parent = mlflow.get_run(parent_run_id)
+        parent = client.get_run(parent_run_id)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        todo = "set MLFLOW_TRACKING_URI to the store that has it, or give the study another name"
-        raise DemoError(f"{gone} not in this store: {todo}.") from None
-    if parent.info.lifecycle_stage == "deleted":
-        todo = f"bring it back with `mlflow runs restore --run-id {parent_run_id}`, or give the study another name"
-        raise DemoError(f"{gone} deleted: {todo}.")
+        parent = None
+    if parent is None or parent.info.lifecycle_stage == "deleted":
+        todo = f"restore it (`mlflow runs restore --run-id {parent_run_id}`), or give the study another name"
+        raise DemoError(f"the study's parent run is deleted, or not in the store {tracking_uri()}: {todo}.")
     if "error" in parent.data.tags:  # of the call before
-        MlflowClient().delete_tag(parent_run_id, "error")
-    if opened := os.environ.pop("MLFLOW_RUN_ID", None):
-        MlflowClient().set_tag(opened, "continues", parent_run_id)
+        client.delete_tag(parent_run_id, "error")
+    os.environ.pop("MLFLOW_RUN_ID", None)
     mlflow.set_experiment(experiment_id=parent.info.experiment_id)
 
 
@@ -126,27 +122,6 @@ def done(study: optuna.Study) -> list[FrozenTrial]:
     """Return the trials that need not be tried again: completed, pruned, or failed by an error of their own."""
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     return [each for each in study.get_trials(deepcopy=False) if each.state in ended or "error" in each.user_attrs]
-
-
-def close_dead(study: optuna.Study) -> None:
-    """Give up the running trials of dead processes: those that died here, and those that are silent too long."""
-    for trial in running(study):
-        run_id = trial.user_attrs.get("run_id")
-        if run_id and died_here(mlflow.get_run(run_id)):
-            told = study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            if told.state == TrialState.FAIL:
-                _give_up(study, told)
-    optuna.storages.fail_stale_trials(study)
-
-
-def await_idle(study: optuna.Study) -> None:
-    """Wait until dead trials have been given up; if others still run, another process does the study: a DemoError."""
-    patience = time.monotonic() + GRACE + 2 * HEARTBEAT
-    while running(study):
-        close_dead(study)
-        if time.monotonic() > patience:
-            raise DemoError(f"study {study.study_name!r} is being run by another process: wait for it, or stop it.")
-        time.sleep(0.2)
 
 
 def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -167,13 +142,11 @@ def study_figures(study: optuna.Study) -> dict[str, Figure]:
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
         names.append("param_importances")
     plt.close(plt.figure())  # a kernel's first figure turns on that figures are shown: not in rc_context, which ends
-    figures = {}
-    for name in names:
-        # Optuna changes matplotlib's style for all later figures.
-        with plt.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the plots are experimental, and that an axis has one value only
-            figures[name] = getattr(optuna.visualization.matplotlib, f"plot_{name}")(study).figure
-        plt.close(figures[name])
+    # Optuna changes matplotlib's style for all later figures, and warns that its plots are experimental.
+    with plt.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings(action="ignore"):
+        figures = {name: getattr(optuna.visualization.matplotlib, f"plot_{name}")(study).figure for name in names}
+    for figure in figures.values():
+        plt.close(figure)
     for name in names[:2]:  # trials and epochs are whole numbers
         figures[name].axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend = figures["intermediate_values"].axes[0].get_legend()

@@ -1,20 +1,17 @@
-"""What makes a tracked run worth trusting: provenance, a truthful status, batched metrics, datasets, models."""
+"""What makes a tracked run worth trusting: provenance, a truthful status, parameters, datasets, models."""
 
 from __future__ import annotations
 
 import copy
 import platform
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo_lib import internals
 from demo_lib.config import LESSONS, ROOT, Config, DemoError, TrainConfig, settings
 from demo_lib.interrupts import release_locks, signals, terminable
 from demo_lib.store import this_process
@@ -23,17 +20,13 @@ import git
 import mlflow
 from mlflow import MlflowClient
 from mlflow.data.numpy_dataset import from_numpy
-from mlflow.entities import Metric, Run
-from mlflow.environment_variables import MLFLOW_RUN_ID
+from mlflow.environment_variables import MLFLOW_EXPERIMENT_ID, MLFLOW_RUN_ID
 from mlflow.models.model import ModelInfo
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
 
 if TYPE_CHECKING:  # PyTorch takes seconds to load, and the batch run tracks without it
     from demo_lib.data import FashionData
 
     from torch import Tensor, nn
-
-PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
 
 
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
@@ -42,9 +35,10 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
     The source is the notebook that is named like the connected experiment, or else the command line; MLflow has
     recorded that of a run which `mlflow run` opened. Parts that are unknown are left out.
     """
-    tags = {f"{package}_version": version(package) for package in PACKAGES}
-    tags |= {"python_version": platform.python_version(), "process": this_process()}
-    tags |= _source() | _commit()
+    tags = {f"{package}_version": version(package) for package in ("mlflow", "torch", "torchvision", "optuna")}
+    tags |= {"python_version": platform.python_version(), "process": this_process()} | _source() | _commit()
+    if batch_id := settings().batch_id:
+        tags["batch_id"] = batch_id
     if data is not None:
         tags |= {"data_source": data.source, "data_digest": data.digest}
     if config is not None:
@@ -54,8 +48,7 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
 
         tags |= {"device": str(pick_device(config)), "cpu_threads": str(torch.get_num_threads())}
         tags |= {"seed": str(config.seed)}
-    batch_id = settings().batch_id
-    return tags | ({"batch_id": batch_id} if batch_id else {})
+    return tags
 
 
 @contextmanager
@@ -76,53 +69,20 @@ def truthful_status() -> Iterator[None]:
             with signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
                 if interrupted:
                     release_locks(error)
-                _close_down_to(run, "KILLED" if interrupted else "FAILED", error)
+                MlflowClient().set_tag(run.info.run_id, "error", f"{type(error).__name__}: {error}".rstrip(": ")[:5000])
+                # With the runs nested in it that are still open; the run may have ended itself.
+                while mlflow.active_run() and mlflow.get_run(run.info.run_id).info.status == "RUNNING":
+                    mlflow.end_run("KILLED" if interrupted else "FAILED")
             raise
 
 
-@contextmanager
-def batched_metrics(seconds: float = 2.0, size: int = 500) -> Iterator[Callable[..., None]]:
-    """Give a stand-in for `mlflow.log_metrics` that sends the active run's metrics in batches, all of them at the end.
-
-    A call sends what waits if that is older than `seconds` or has `size` metrics, so that the UI stays live.
-    """
-    run_id, client = mlflow.active_run().info.run_id, MlflowClient()
-    pending: list[Metric] = []
-    sent = time.monotonic()
-
-    def flush() -> None:
-        nonlocal sent
-        while pending:
-            client.log_batch(run_id, metrics=pending[:1000])  # MLflow's limit for one call
-            del pending[:1000]
-        sent = time.monotonic()
-
-    def log_metrics(metrics: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        pending.extend(Metric(key, value, now, step) for key, value in metrics.items())
-        if len(pending) >= size or time.monotonic() - sent > seconds:
-            flush()
-
-    try:
-        yield log_metrics
-    finally:
-        flush()
-
-
 def log_config(config: Config, exclude: Collection[str] = ()) -> None:
-    """Log the configuration's fields as parameters of the active run.
+    """Log the configuration's fields as parameters of the active run, but for those that `mlflow run` has logged.
 
-    `mlflow run` has logged some as they were typed, quoted for the shell, such as `true` for `True`, and MLflow
-    refuses to change a parameter: those that mean the same are left. If the run has another value, it is a DemoError.
+    These it logged as they were typed, such as `true` for `True`, and MLflow refuses to change a parameter.
     """
-    run = mlflow.get_run(mlflow.active_run().info.run_id)
-    fields = config.model_dump(exclude=set(exclude))
-    logged = {name: " ".join(shlex.split(text)) for name, text in run.data.params.items() if name in fields}
-    meant = type(config)(**config.model_dump() | logged).model_dump()
-    if other := [name for name in logged if meant[name] != fields[name]]:
-        had = f"run {run.info.run_id} has {other[0]} = {logged[other[0]]} already, not {fields[other[0]]}"
-        raise DemoError(f"{had}: start a run of its own.")
-    mlflow.log_params({name: value for name, value in fields.items() if name not in logged})
+    logged = mlflow.get_run(mlflow.active_run().info.run_id).data.params
+    mlflow.log_params(config.model_dump(exclude={*exclude, *logged}))
 
 
 def log_datasets(data: FashionData) -> None:
@@ -145,35 +105,23 @@ def log_model(model: nn.Module, name: str, example: Tensor, **kwargs: Any) -> Mo
     return mlflow.pytorch.log_model(model, name=name, input_example=example.numpy(), pip_requirements=pins, **kwargs)
 
 
-def _close_down_to(run: Run, status: str, error: BaseException) -> None:
-    """End the run, and the runs nested in it that are still open, as `status`; it may have ended itself already."""
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    MlflowClient().set_tag(run.info.run_id, "error", text[:5000])
-    if mlflow.get_run(run.info.run_id).info.status != "RUNNING":
-        return
-    while (active := mlflow.active_run()) is not None:
-        mlflow.end_run(status)
-        if active.info.run_id == run.info.run_id:
-            return
-
-
 def _source() -> dict[str, str]:
     if MLFLOW_RUN_ID.get():
         return {}
-    experiment = MlflowClient().get_experiment(internals.active_experiment_id())
+    experiment = MlflowClient().get_experiment(MLFLOW_EXPERIMENT_ID.get() or "0")  # the one that is connected
     notebook = LESSONS / f"{experiment.name.rpartition('/')[2]}.ipynb"
     if notebook.is_file():
-        return {MLFLOW_SOURCE_NAME: f"notebooks/{notebook.name}", MLFLOW_SOURCE_TYPE: "NOTEBOOK"}
+        return {"mlflow.source.name": f"notebooks/{notebook.name}", "mlflow.source.type": "NOTEBOOK"}
     program, *arguments = sys.argv
     if Path(program).name == "__main__.py":
         program = f"python -m {Path(program).parent.name}"
-    return {MLFLOW_SOURCE_NAME: " ".join([program, *arguments]), MLFLOW_SOURCE_TYPE: "LOCAL"}
+    return {"mlflow.source.name": " ".join([program, *arguments]), "mlflow.source.type": "LOCAL"}
 
 
 def _commit() -> dict[str, str]:
     try:
         with git.Repo(ROOT) as repository:
             commit, dirty = repository.head.commit.hexsha, str(repository.is_dirty()).lower()
-        return {MLFLOW_GIT_COMMIT: commit, "git_dirty": dirty}
+        return {"mlflow.source.git.commit": commit, "git_dirty": dirty}
     except (git.exc.GitError, ValueError, OSError):  # no repository, no commit yet, no git, or not ours to read
         return {}

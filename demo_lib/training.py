@@ -36,19 +36,10 @@ def pick_device(config: TrainConfig) -> torch.device:
         DemoError: the named device is not on this machine.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if config.device == "auto":
-        return torch.device(next(name for name, there in here.items() if there))
-    if not here[config.device]:
-        there = ", ".join(name for name, there in here.items() if there)
-        raise DemoError(f"device = {config.device!r} is not on this machine: choose auto or one of {there}.")
-    return torch.device(config.device)
-
-
-def count_records(data: FashionData, config: TrainConfig) -> int:
-    """Return how many records `fit` yields: for a progress bar."""
-    per_epoch = _steps_per_epoch(data, config)
-    logged = {*range(config.log_every, config.epochs * per_epoch, config.log_every)}
-    return len(logged | {epoch * per_epoch for epoch in range(1, config.epochs + 1)})
+    there = [name for name in here if here[name]]
+    if config.device not in ("auto", *there):
+        raise DemoError(f"device = {config.device!r} is not on this machine: choose auto or one of {', '.join(there)}.")
+    return torch.device(there[0] if config.device == "auto" else config.device)
 
 
 def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Record]:
@@ -63,7 +54,7 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
     train, validation = data.train.to(device), data.validation.to(device)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout draws from the global generator
-    steps_per_epoch = _steps_per_epoch(data, config)
+    steps_per_epoch = -(-len(train) // config.batch_size)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -82,7 +73,8 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
         metrics |= {"train_loss": _mean(losses), "learning_rate": float(learning_rate)}
         is_best = metrics["val_accuracy"] > best
         best = max(best, metrics["val_accuracy"])
-        yield Record(step, epoch, metrics, _copy_weights(model) if is_best else None)
+        weights = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+        yield Record(step, epoch, metrics, weights if is_best else None)
     model.to(memory_format=torch.contiguous_format)  # torch.export warns of any other
 
 
@@ -100,18 +92,11 @@ def predict(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    logits = torch.cat(
-        [
-            model(images.contiguous(memory_format=torch.channels_last))
-            for images, _ in batches(split.to(device), batch_size)
-        ]
-    )
+    channels_last = {"memory_format": torch.channels_last}
+    shown = (images.contiguous(**channels_last) for images, _ in batches(split.to(device), batch_size))
+    logits = torch.cat([model(images) for images in shown])
     model.train(was_training)
     return logits
-
-
-def _steps_per_epoch(data: FashionData, config: TrainConfig) -> int:
-    return -(-len(data.train) // config.batch_size)
 
 
 def _train_step(
@@ -140,7 +125,3 @@ def _mean(losses: list[Tensor]) -> float:
     mean = torch.stack(losses).mean().item()
     losses.clear()
     return mean
-
-
-def _copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}

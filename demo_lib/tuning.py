@@ -1,7 +1,7 @@
 """Nested Optuna studies in MLflow: one parent run a study, one child run a trial, any number of workers.
 
-`tune` opens the study and its parent run, lets `do_trials` do them, and records the winner. `join` does trials of the
-same study in another process, here or on another machine. Each trial is one `run_trial`: a child run in MLflow.
+`tune` opens the study and its parent run, does trials until there are enough, and records the winner. Each trial is one
+`run_trial`: a child run in MLflow. `do_trials` of the same study may go on elsewhere at the same time.
 """
 
 from __future__ import annotations
@@ -9,39 +9,27 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 from demo_lib.config import DemoError, TrainConfig, TuneConfig
 from demo_lib.data import FashionData, batches, load_data
-from demo_lib.interrupts import release_locks, terminable
+from demo_lib.interrupts import release_locks
 from demo_lib.model import build_model
-from demo_lib.store import connect, open_store
-from demo_lib.study import (
-    MEMORY,
-    await_idle,
-    close_dead,
-    done,
-    equip,
-    open_storage,
-    open_study,
-    parent_run,
-    return_to,
-    running,
-    study_figures,
-)
-from demo_lib.tracking import batched_metrics, log_model, provenance, truthful_status
+from demo_lib.store import connect
+from demo_lib.study import MEMORY, done, open_study, parent_run, running, study_figures
+from demo_lib.tracking import log_model, provenance, truthful_status
 from demo_lib.training import evaluate, fit
 
 import mlflow
 import optuna
 import torch
-from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-Work = Callable[[optuna.Study, TuneConfig, FashionData, Callable[[], None]], None]
+Work = Callable[[optuna.Study, TuneConfig, FashionData], Generator[None]]
 
 
 class _Surplus(Exception):
@@ -66,8 +54,8 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     validation split, is scored once on the test split.
 
     Raises:
-        DemoError: the storage is MLflow's, the study's parent run is gone, another process runs the study, several
-            workers are asked for without `work`, or no trial was completed.
+        DemoError: the storage is MLflow's, the study's parent run is gone, several workers are asked for without
+            `work`, or no trial was completed.
     """
     if config.workers > 1 and work is None:
         raise DemoError(f"workers = {config.workers} are processes: call `tune` of demo_lib.ops.workers, or keep 1.")
@@ -76,7 +64,6 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     data = load_data(config.train_config())
     try:
         with parent_run(study, config, provenance(data)) as parent, truthful_status():
-            await_idle(study)
             _see_to_trials(study, config, data, work or do_trials)
             _conclude(study, config, data)
     except KeyboardInterrupt:
@@ -86,28 +73,8 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     return mlflow.get_run(parent.info.run_id)
 
 
-def join(name: str, storage: str | None = None) -> None:
-    """Do trials of a study that `tune` has begun, here or on another machine, until it has its number of them.
-
-    A study that nobody has begun, or whose parent run is gone, is a DemoError.
-    """
-    open_store()
-    try:
-        study = optuna.load_study(study_name=name, storage=open_storage(storage))
-        config, parent_run_id = TuneConfig(**study.user_attrs["config"]), study.user_attrs["parent_run_id"]
-    except KeyError:
-        raise DemoError(f"no study {name!r} has begun: begin it with `tune --study`, or correct --storage.") from None
-    equip(study, config, alone=False)
-    return_to(parent_run_id)
-    with terminable():
-        do_trials(study, config, load_data(config.train_config()), show=lambda: None)
-
-
-def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData, show: Callable[[], None]) -> None:
-    """Do trials until those that are done and those that run, here or elsewhere, reach `config.trials`.
-
-    `show` is called after each.
-    """
+def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Generator[None]:
+    """Do trials until those that are done and those that run, here or elsewhere, reach `config.trials`; yield each."""
 
     def objective(trial: optuna.Trial) -> float:
         if sum(each.number < trial.number for each in done(study) + running(study)) >= config.trials:
@@ -115,8 +82,8 @@ def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData, show: 
         return run_trial(trial, config, data, study.user_attrs["parent_run_id"])
 
     while len(done(study) + running(study)) < config.trials:
-        study.optimize(objective, n_trials=1, catch=_Surplus if config.stop_on_error else Exception)
-        show()
+        study.optimize(objective, n_trials=1, catch=Exception)
+        yield
 
 
 def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent_run_id: str) -> float:
@@ -128,12 +95,21 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
     Raises:
         optuna.TrialPruned: the pruner gave the trial up.
     """
+    name, known = f"trial {trial.number}", {"study": config.study, "trial_number": trial.number, "trial_state": "FAIL"}
     try:
-        value = _run_child(trial, config.study, suggest(trial, config), data, parent_run_id)
+        train = suggest(trial, config)
+        tags = provenance(data, train) | known
+        # parent_run_id as well as nested: in another process there is no active parent to nest in.
+        child = mlflow.start_run(run_name=name, nested=True, parent_run_id=parent_run_id, tags=tags)
+        with child, truthful_status():
+            trial.set_user_attr("run_id", child.info.run_id)
+            mlflow.log_params(train.model_dump())
+            value = _fit_trial(trial, train, data)
+            mlflow.set_tag("trial_state", "PRUNED" if value is None else "COMPLETE")
+            if value is None:
+                mlflow.end_run("KILLED")  # raised inside the block, TrialPruned would end the run FAILED
     except BaseException as error:
         release_locks(error)
-        if run_id := trial.user_attrs.get("run_id"):  # Optuna counts it as failed even if the run had come to its end
-            MlflowClient().set_tag(run_id, "trial_state", "FAIL")
         if isinstance(error, Exception):
             trial.set_user_attr("error", repr(error))
         raise
@@ -142,35 +118,14 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
     return value
 
 
-def _run_child(
-    trial: optuna.Trial, study: str, train: TrainConfig, data: FashionData, parent_run_id: str
-) -> float | None:
-    """Train in a child run and return the best validation accuracy, None if the trial was pruned."""
-    tags = provenance(data, train) | {"study": study, "trial_number": str(trial.number), "trial_state": "FAIL"}
-    # parent_run_id as well as nested: in another process there is no active parent to nest in.
-    with (
-        mlflow.start_run(run_name=f"trial {trial.number}", nested=True, parent_run_id=parent_run_id, tags=tags) as run,
-        truthful_status(),
-    ):
-        trial.set_user_attr("run_id", run.info.run_id)
-        mlflow.log_params(train.model_dump())
-        value = _fit_trial(trial, train, data)
-        mlflow.set_tag("trial_state", "PRUNED" if value is None else "COMPLETE")
-        if value is None:
-            mlflow.end_run("KILLED")  # raised inside the block, TrialPruned would end the run FAILED
-    return value
-
-
 def _fit_trial(trial: optuna.Trial, train: TrainConfig, data: FashionData) -> float | None:
     """Fit the trial's network in the active run; None if it was pruned."""
     weights, best = {}, 0.0
-    with batched_metrics() as log_metrics:
-        for record in fit(build_model(train), data, train):
-            log_metrics(record.metrics, step=record.step)
-            if "val_accuracy" not in record.metrics:
-                continue
-            if record.weights:
-                weights, best = record.weights, record.metrics["val_accuracy"]
+    for record in fit(build_model(train), data, train):
+        mlflow.log_metrics(record.metrics, step=record.step)
+        if record.weights:
+            weights, best = record.weights, record.metrics["val_accuracy"]
+        if "val_accuracy" in record.metrics:
             trial.report(record.metrics["val_accuracy"], record.epoch)
             if record.epoch < train.epochs and trial.should_prune():
                 return None
@@ -181,20 +136,18 @@ def _fit_trial(trial: optuna.Trial, train: TrainConfig, data: FashionData) -> fl
 
 
 def _see_to_trials(study: optuna.Study, config: TuneConfig, data: FashionData, work: Work) -> None:
-    """Let trials be done until none is left to do, and show how far the study is."""
-    # In a notebook as text: a widget is lost where it is executed headless.
-    shown = sys.stdout.isatty() or "ipykernel" in sys.modules
-    with tqdm(total=config.trials, unit="trial", file=sys.stdout, ncols=80, disable=not shown) as bar:
-
-        def show() -> None:
-            bar.update(len(done(study)) - bar.n)
-
-        show()
-        while (before := len(done(study))) < config.trials:
-            work(study, config, data, show)
-            close_dead(study)
-            if len(done(study)) == before and not running(study):
+    """Let trials be done, and wait for those that others do, until there are enough; show how many there are."""
+    shown = sys.stdout.isatty() or "ipykernel" in sys.modules  # as text: a widget is lost where it is executed headless
+    count = len(done(study))
+    with tqdm(total=config.trials, initial=count, unit="trial", file=sys.stdout, ncols=80, disable=not shown) as bar:
+        while (before := count) < config.trials:
+            with closing(work(study, config, data)) as working:
+                for _ in working:
+                    bar.update(len(done(study)) - bar.n)
+            count = len(done(study))
+            if count == before and not running(study):
                 raise DemoError("no worker finished a trial: run with one worker to see why.")
+            optuna.storages.fail_stale_trials(study)
             time.sleep(0.1)
 
 
@@ -215,5 +168,5 @@ def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> Non
     log_model(model, "best_model", next(batches(data.test, 2))[0])
     mlflow.log_metrics({f"test_{name}": value for name, value in evaluate(model, data.test).items()}, step=best.number)
     # Tags, as parameters can't change and a resumed study may find a better trial. Last: they say that all is recorded.
-    found = {"best_run_id": run_id, "best_trial": best.number}
-    mlflow.set_tags(found | {f"best_{name}": value for name, value in best.params.items()})
+    found = {f"best_{name}": value for name, value in best.params.items()}
+    mlflow.set_tags(found | {"best_run_id": run_id, "best_trial": best.number})

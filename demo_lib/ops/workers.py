@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 from demo_lib import tuning
 from demo_lib.config import DemoError, TuneConfig, settings, tracking_uri
+from demo_lib.data import load_data
+from demo_lib.interrupts import terminable
 from demo_lib.ops.processes import OwnedProcess
-from demo_lib.store import close_stale_runs
-from demo_lib.study import MEMORY, close_dead, done, running
+from demo_lib.store import close_stale_runs, open_store
+from demo_lib.study import MEMORY, done, equip, open_storage, return_to, running
 
 import mlflow
 import optuna
@@ -21,26 +23,27 @@ from mlflow.entities import Run
 
 
 def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = None) -> Run:
-    """Do as `tuning.tune`, with `config.workers` processes.
-
-    With several, a study in memory is a DemoError, and so is a trial that fails when `stop_on_error` is set.
-    """
+    """Do as `tuning.tune`, with `config.workers` processes; several can't share a study in memory."""
     if config.workers == 1:
         return tuning.tune(config, experiment, storage)
     if storage == MEMORY:
         raise DemoError("a study in memory can't be shared by processes: keep 1 worker, or give another storage.")
+    command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
+    command += ["--storage", storage] if storage else []
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers)),  # a share of the cores
+        "MLFLOW_TRACKING_URI": tracking_uri(),
+        "DEMO_HOME": str(settings().home),
+    }
 
-    def work(study: optuna.Study, config: TuneConfig, data: object, show: Callable[[], None]) -> None:
+    def work(study: optuna.Study, config: TuneConfig, data: object) -> Generator[None]:
         count = min(config.workers, config.trials - len(done(study) + running(study)))
-        before = _errors(study)
-        workers = [_start(config, storage) for _ in range(count)]
+        workers = [OwnedProcess(command, subprocess.DEVNULL, environment) for _ in range(count)]
         try:
             while any(worker.exit_code is None for worker in workers):
                 time.sleep(0.3)
-                close_dead(study)
-                show()
-                if config.stop_on_error and (new := _errors(study)[len(before) :]):
-                    raise DemoError(f"a trial failed ({new[0]}), and stop_on_error is set: mend that and go on.")
+                optuna.storages.fail_stale_trials(study)
+                yield
         finally:
             with ThreadPoolExecutor() as pool:  # all at once: each has its trial's run to close
                 list(pool.map(OwnedProcess.stop, workers))
@@ -50,16 +53,18 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     return tuning.tune(config, experiment, storage, work)
 
 
-def _errors(study: optuna.Study) -> list[str]:
-    return [trial.user_attrs["error"] for trial in done(study) if "error" in trial.user_attrs]
+def join(name: str, storage: str | None = None) -> None:
+    """Do trials of a study that `tune` has begun, here or on another machine, until it has its number of them.
 
-
-def _start(config: TuneConfig, storage: str | None) -> OwnedProcess:
-    """Start one worker, with its share of the cores."""
-    command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers)),
-        "MLFLOW_TRACKING_URI": tracking_uri(),
-        "DEMO_HOME": str(settings().home),
-    }
-    return OwnedProcess([*command, *(["--storage", storage] if storage else [])], subprocess.DEVNULL, environment)
+    A study that nobody has begun, or whose parent run is gone, is a DemoError.
+    """
+    open_store()
+    try:
+        study = optuna.load_study(study_name=name, storage=open_storage(storage))
+        config, parent_run_id = TuneConfig(**study.user_attrs["config"]), study.user_attrs["parent_run_id"]
+    except KeyError:
+        raise DemoError(f"no study {name!r} has begun: begin it with `tune --study`, or correct --storage.") from None
+    equip(study, config, alone=False)
+    return_to(parent_run_id)
+    with terminable():
+        list(tuning.do_trials(study, config, load_data(config.train_config())))

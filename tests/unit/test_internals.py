@@ -1,9 +1,6 @@
 """Each part of MLflow that it does not promise to keep still does what the project needs it for."""
 
-import inspect
-
 from demo_lib import internals
-from demo_lib.store import connect, open_store
 
 import mlflow
 import pytest
@@ -20,10 +17,10 @@ def test_the_login_is_found_where_mlflow_looks_for_it(monkeypatch):
 
 def test_one_request_is_sent_and_not_again(tmp_path):
     with mlflow_server(tmp_path) as uri:
-        answer = internals.ask(uri, "/api/2.0/mlflow/experiments/search", "POST", json={"max_results": 1}, timeout=9)
+        answer = internals.ask(uri, "/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=9)
     assert answer.json()["experiments"][0]["name"] == "Default"
     with pytest.raises(mlflow.MlflowException):
-        internals.ask(uri, "/version", "GET", timeout=1)
+        internals.ask(uri, "/version", timeout=1)
 
 
 def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
@@ -35,16 +32,3 @@ def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
         found = connection.scalar(sqlalchemy.text(f"SELECT name FROM pragma_index_list('{index}') WHERE origin = 'pk'"))
     engine.dispose()
     assert found == "sqlite_autoindex_latest_metrics_1"
-
-
-def test_the_active_experiment_is_known_without_a_run(home):
-    chosen = connect("chosen")
-    assert internals.active_experiment_id() == chosen.experiment_id
-
-
-def test_both_kinds_of_store_still_have_what_bulk_histories_ask(home):
-    open_store()
-    store = mlflow.tracking._tracking_service.utils._get_store()
-    assert list(inspect.signature(store.get_metric_history_bulk).parameters) == ["run_ids", "metric_key", "max_results"]
-    rest = mlflow.tracking._tracking_service.utils._get_store("http://127.0.0.1:9")
-    assert not hasattr(rest, "get_metric_history_bulk") and callable(rest.get_host_creds)

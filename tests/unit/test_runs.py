@@ -3,11 +3,11 @@
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import uuid
 
-from demo_lib import internals
 from demo_lib import runs as room
 from demo_lib.config import DemoError, TrainConfig, read_yaml
 from demo_lib.ops.processes import free_port
@@ -108,37 +108,24 @@ def test_a_run_is_found_by_id_and_by_unique_prefix_in_all_experiments(store):
         assert find_run(f" {run_id[:12].upper()} ").info.run_id == run_id
 
 
-def test_a_full_id_is_one_direct_call(home, monkeypatch):
-    run_id = log_run(connect("asked"))
-    monkeypatch.setattr(room, "_search", None)
-    assert find_run(run_id).info.run_id == run_id
+def test_an_id_that_no_run_has_is_one_sentence(store):
+    for run_id, words in [
+        ("ab", "no run's id begins with 'ab' (at least 4 digits and letters a-f): copy an id from the MLflow UI, or"),
+        ("run-2", "no run's id begins with 'run-2'"),
+        ("0" * 32, "no run's id begins with '000"),
+    ]:
+        with pytest.raises(DemoError, match=re.escape(words)) as error:
+            find_run(run_id)
+        assert_one_sentence(error)
 
 
-def test_an_ambiguous_prefix_names_at_most_five_candidates(home):
+def test_an_ambiguous_prefix_asks_for_more_characters(home):
     ids = [f"abcd{number}{'0' * 27}" for number in range(7)]
     insert_runs(connect("asked"), [0.0] * 7, ids)
-    with pytest.raises(DemoError, match="several runs begin with 'abcd': give more characters") as error:
+    with pytest.raises(DemoError, match="the ids of several runs begin with 'abcd': give more characters") as error:
         find_run("abcd")
-    assert sum(run_id in str(error.value) for run_id in ids) == 5 and "(abcd0" not in str(error.value)[:60]
     assert_one_sentence(error)
     assert find_run("abcd3").info.run_id == ids[3]
-
-
-def test_a_wrong_id_names_the_nearest_runs_with_name_and_experiment(store):
-    run_ids = [log_run(store, name=f"run-{number}") for number in range(3)]
-    wrong = run_ids[1][:-1] + ("0" if run_ids[1][-1] != "0" else "1")
-    with pytest.raises(DemoError, match=rf"nearest ids, {run_ids[1]} \(run-1 in {store.name}\)") as error:
-        find_run(wrong)
-    assert_one_sentence(error)
-    with pytest.raises(DemoError, match=f"no run's id begins with 'run-2' .* nearest ids, {run_ids[2]}"):
-        find_run("run-2")
-    with pytest.raises(DemoError, match="latest ids"):
-        find_run("zz")
-
-
-def test_an_empty_store_is_said_to_be_empty(home):
-    with pytest.raises(DemoError, match=r"no run's id begins with 'abcd' .*: the store has no runs yet"):
-        find_run("abcd")
 
 
 def test_a_deleted_run_comes_with_the_command_that_restores_it(home):
@@ -146,8 +133,6 @@ def test_a_deleted_run_comes_with_the_command_that_restores_it(home):
     MlflowClient().delete_run(run_id)
     with pytest.raises(DemoError, match=f"restore --run-id {run_id}"):
         find_run(run_id)
-    with pytest.raises(DemoError, match="no run's id begins"):
-        find_run(run_id[:8])
 
 
 def test_runs_are_rows_with_numbers_where_a_whole_column_is_numeric(store):
@@ -215,30 +200,13 @@ def test_an_unknown_experiment_names_the_known_ones(home):
     with pytest.raises(DemoError, match=r"no experiment 'aksed'; it has (.*asked)") as error:
         runs(["asked", "aksed"])
     assert_one_sentence(error)
-    for number in range(12):
-        MlflowClient().create_experiment(f"other {number}")
-    with pytest.raises(DemoError, match=r"it has asked, .*, \d+ in all\.$"):
-        runs("aske")
 
 
-@pytest.mark.parametrize(
-    ("where", "reason"),
-    [
-        ("metrics.loss < 1 OR metrics.loss > 2", "Invalid clause"),
-        ("params.lr > 0.1", "Expected a quoted string"),
-        ("attributes.color = 'red'", "Invalid attribute key"),
-        ("metrics.loss <", "Invalid"),
-    ],
-)
-def test_a_bad_filter_gives_mlflows_reason(store, where, reason):
-    with pytest.raises(DemoError, match=f"MLflow refuses the search with where = .*{reason}") as error:
-        runs(store.name, where)
-    assert "\n" not in str(error.value) and "INVALID_PARAMETER_VALUE" not in str(error.value)
-
-
-def test_a_bad_order_is_refused(home):
+def test_a_filter_or_an_order_that_mlflow_cannot_read_is_its_own_error(home):
     connect("asked")
-    with pytest.raises(DemoError, match=r"order_by = .*Invalid ordering key"):
+    with pytest.raises(mlflow.MlflowException, match="Invalid clause"):
+        runs("asked", "metrics.loss < 1 OR metrics.loss > 2")
+    with pytest.raises(mlflow.MlflowException, match="Invalid ordering key"):
         runs("asked", order_by=["metrics.loss SIDEWAYS"])
     assert runs("asked", limit=0).empty
 
@@ -252,7 +220,7 @@ def test_children_are_the_runs_nested_directly(store):
     assert frame["run_id"].tolist() == [*nested, elsewhere] and set(frame["parent_run_id"]) == {parent}
     assert children(parent, "params.lr = '1'")["run_id"].tolist() == [nested[1]]
     assert children(other).empty
-    with pytest.raises(DemoError, match="no run has the id"):
+    with pytest.raises(DemoError, match="no run's id begins"):
         children("0" * 32)
 
 
@@ -276,28 +244,22 @@ def test_the_best_are_exact_and_only_a_few_are_fetched(home, monkeypatch, mode):
         assert fetched == [n]
 
 
-def test_best_takes_a_filter_and_has_no_rows_where_nothing_passes(store):
+def test_best_takes_a_filter_and_leaves_out_runs_without_a_value(store):
     for place, value in enumerate([0.1, 0.9, math.inf, math.nan, 0.5]):
         log_run(store, {"place": place, "kind": "ab"[place % 2]}, {"val/accuracy 1": value})
     log_run(store, {"place": 5, "kind": "a"})
     assert best(store.name, "val/accuracy 1")["params.place"].tolist() == [2]
     assert best(store.name, "val/accuracy 1", "min", n=10)["params.place"].tolist() == [0, 4, 1, 2]
     assert best(store.name, "val/accuracy 1", where="params.kind = 'b'", n=2)["params.place"].tolist() == [1]
-    assert best(store.name, "val/accuracy 1", where="params.kind = 'c'").empty
 
 
 def test_best_refuses_what_it_does_not_know(store):
-    with pytest.raises(DemoError, match="its runs have no metrics yet"):
-        best(store.name, "loss")
-    log_run(store, metrics={"val_loss": 1.0, "train_loss": 2.0})
-    with pytest.raises(
-        DemoError, match=f"no run of {store.name!r} has a value of the metric 'los'; its runs have train_loss"
-    ):
-        best(store.name, "los", where="params.x = '1'")
+    log_run(store, {"kind": "a"}, {"val_loss": 1.0})
+    for metric, where in (("los", ""), ("val_loss", "params.kind = 'b'")):
+        with pytest.raises(DemoError, match=f"no run of {store.name!r} that was asked for has the metric {metric!r}"):
+            best(store.name, metric, where=where)
     with pytest.raises(DemoError, match="no experiment 'akse'"):
         best("akse", "loss")
-    with pytest.raises(DemoError, match="mode = 'most' is not allowed"):
-        best(store.name, "val_loss", "most")
 
 
 def test_histories_equal_those_asked_run_by_run(store):
@@ -313,40 +275,11 @@ def test_histories_equal_those_asked_run_by_run(store):
     assert histories(run_ids[3], "loss").empty and list(histories([], "loss")) == room.HISTORY_COLUMNS
 
 
-def test_histories_of_more_runs_than_one_request_allows(store, monkeypatch):
-    run_ids = [log_run(store, metrics={"loss": [place / 7, 0.5]}, status=None) for place in range(105)]
-    calls = []
-    ask = internals.http_request_safe
-    monkeypatch.setattr(internals, "http_request_safe", lambda *args, **kw: (calls.append(args), ask(*args, **kw))[1])
-    frame = histories(run_ids, "loss")
-    assert frame["run_id"].tolist() == [run_id for run_id in run_ids for _ in range(2)]
-    assert frame["value"].tolist() == [value for place in range(105) for value in (place / 7, 0.5)]
-    assert len(calls) == (2 if os.environ["MLFLOW_TRACKING_URI"].startswith("http") else 0)
-
-
-@pytest.mark.parametrize("store", ["http"], indirect=True)
-def test_histories_are_whole_where_the_server_cuts_its_answer(store, monkeypatch):
-    monkeypatch.setattr(internals, "BULK_POINTS", 500)
-    run_ids = [log_run(store, metrics={"loss": [0.25] * size}) for size in (200, 200, 200, 1300, 500, 100)]
-    run_ids.insert(1, log_run(store, metrics={"other": 1.0}))
-    frame = histories(run_ids, "loss")
-    assert len(frame) == 2500
-    pd.testing.assert_frame_equal(frame, one_by_one(run_ids, ["loss"]), check_dtype=False)
-
-
-@pytest.mark.parametrize("store", ["http"], indirect=True)
-def test_the_server_still_has_the_limits_that_histories_count_on(store):
-    run_id = log_run(store, metrics={"loss": [0.5] * (internals.BULK_POINTS + 1)})
-    assert len(histories(run_id, "loss")) == internals.BULK_POINTS + 1
-
-
 def test_histories_of_an_unknown_run_are_refused(store):
     run_id = log_run(store, metrics={"loss": 1.0})
     wrong = run_id[:-1] + ("0" if run_id[-1] != "0" else "1")
-    with pytest.raises(DemoError, match=f"no run has the id '{wrong}': copy one of the nearest ids, {run_id}"):
+    with pytest.raises(DemoError, match=f"no run's id begins with '{wrong}'"):
         histories([run_id, wrong], "loss")
-    MlflowClient().delete_run(run_id)
-    assert histories(run_id, "other").empty
 
 
 def test_a_configuration_comes_back_from_its_export(store, tmp_path):
@@ -390,8 +323,6 @@ def test_exports_that_cannot_be_written_leave_nothing(home, tmp_path, monkeypatc
         assert_one_sentence(error)
     with pytest.raises(DemoError, match=r"a.txt must end in \.csv or \.parquet or"):
         export(run_id, folder / "a.txt")
-    with pytest.raises(DemoError, match="has logged no metrics"):
-        export(log_run(connect("asked")), folder / "b.csv")
 
     def full(path, content):
         open(path, "wb").write(content[:5])  # noqa: PTH123, SIM115

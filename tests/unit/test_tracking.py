@@ -1,4 +1,4 @@
-"""Tracking: connect, provenance, truthful ends, batched metrics, models, links."""
+"""Tracking: connect, provenance, truthful ends, models, links."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from demo_lib.data import batches, load_data
 from demo_lib.interrupts import signals, terminable
 from demo_lib.model import build_model
 from demo_lib.store import connect, open_store, own_model_name, own_name, ui_link
-from demo_lib.tracking import batched_metrics, provenance, truthful_status
+from demo_lib.tracking import provenance, truthful_status
 
 import mlflow
 import pytest
@@ -28,11 +28,11 @@ from tests.tools.processes import normal_signals
 RUN = """
 import os, signal, sys, time
 import mlflow
-from demo_lib.tracking import batched_metrics, provenance, truthful_status
+from demo_lib.tracking import provenance, truthful_status
 from demo_lib.store import connect
 connect("ends")
-with mlflow.start_run(tags=provenance()) as run, truthful_status(), batched_metrics(seconds=600) as log_metrics:
-    log_metrics({"loss": 1.0}, step=1)
+with mlflow.start_run(tags=provenance()) as run, truthful_status():
+    mlflow.log_metrics({"loss": 1.0}, step=1)
     print(run.info.run_id, flush=True)
     time.sleep(60)
 """
@@ -59,10 +59,10 @@ def test_connecting_twice_gives_the_same_experiment(home):
     assert connect("same").experiment_id == connect("same").experiment_id
 
 
-def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(home):
+def test_a_deleted_experiment_is_named_and_what_to_do(home):
     experiment = connect("gone")
     MlflowClient().delete_experiment(experiment.experiment_id)
-    with pytest.raises(DemoError, match=f"restore --experiment-id {experiment.experiment_id}"):
+    with pytest.raises(DemoError, match=r"'gone' can't be used: .*You can restore the experiment"):
         connect("gone")
 
 
@@ -115,8 +115,8 @@ def test_without_git_only_the_commit_is_missing(home, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        ("sqlite:///{home}/store", "is a folder: MLFLOW_TRACKING_URI must name a file in it"),
-        ("{home}/mlruns", "is no store: set it to a server's http address, to sqlite:// and the path of a file"),
+        ("sqlite:///{home}/store", r"store can't be made \(Is a directory\): set DEMO_HOME or MLFLOW_TRACKING_URI"),
+        ("{home}/mlruns", "is no store: set it to a server's http address, to sqlite:/// and the path of a file"),
         ("foo://bar", "MLFLOW_TRACKING_URI = 'foo://bar' is no store"),
         ("sqlite://", "MLFLOW_TRACKING_URI = 'sqlite://' is no store"),
     ],
@@ -200,8 +200,8 @@ def test_a_signal_that_python_drops_comes_again(signum):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_while_the_run_is_closed_changes_nothing(home, signum, monkeypatch):
     connect("signals")
-    close = tracking._close_down_to
-    monkeypatch.setattr(tracking, "_close_down_to", lambda *args: (signal.raise_signal(signum), close(*args)))
+    close = mlflow.end_run
+    monkeypatch.setattr(mlflow, "end_run", lambda *args: (signal.raise_signal(signum), close(*args)))
     with pytest.raises(KeyboardInterrupt), mlflow.start_run() as run, truthful_status():
         raise KeyboardInterrupt
     assert mlflow.get_run(run.info.run_id).info.status == "KILLED"
@@ -241,34 +241,6 @@ def test_a_run_left_by_a_killed_process_is_closed_by_the_next_connect(home):
     connect("ends")
     run = mlflow.get_run(run_id)
     assert run.info.status == "KILLED" and "without closing" in run.data.tags["error"]
-
-
-def test_batched_metrics_arrive_whole_and_in_order(home, monkeypatch):
-    connect("metrics")
-    calls = []
-    log_batch = MlflowClient.log_batch
-    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **kw: (calls.append(kw), log_batch(*args, **kw)))
-    with mlflow.start_run() as run, batched_metrics(seconds=600) as log_metrics:
-        for step in range(1200):
-            log_metrics({"loss": step / 2}, step=step)
-    history = MlflowClient().get_metric_history(run.info.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(step, step / 2) for step in range(1200)]
-    assert len(calls) == 3
-
-
-def test_batched_metrics_survive_an_exception(home):
-    connect("metrics")
-    with pytest.raises(ValueError), mlflow.start_run() as run, batched_metrics(seconds=600) as log_metrics:
-        log_metrics({"loss": 2.0}, step=1)
-        raise ValueError
-    assert mlflow.get_run(run.info.run_id).data.metrics == {"loss": 2.0}
-
-
-def test_batched_metrics_are_live(home):
-    connect("metrics")
-    with mlflow.start_run() as run, batched_metrics(seconds=0) as log_metrics:
-        log_metrics({"loss": 2.0}, step=1)
-        assert mlflow.get_run(run.info.run_id).data.metrics == {"loss": 2.0}
 
 
 def test_a_logged_model_predicts_the_same_for_any_batch_size(home, recwarn):

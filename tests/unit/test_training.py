@@ -3,7 +3,7 @@
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import load_data
 from demo_lib.model import build_model, summarize
-from demo_lib.training import count_records, evaluate, fit, pick_device, predict
+from demo_lib.training import evaluate, fit, pick_device, predict
 
 import pytest
 import torch
@@ -41,12 +41,6 @@ def test_steps_rise_over_epochs_and_validation_comes_once_an_epoch(data):
         step for step in range(4, 3 * steps_per_epoch, 4) if step % steps_per_epoch
     }
     assert all("train_loss" in record.metrics for record in records)
-
-
-@pytest.mark.parametrize("log_every", [1, 3, 15, 16, 10_000])
-def test_records_are_counted_beforehand(data, log_every):
-    config = TrainConfig(**CONFIG.model_dump() | {"log_every": log_every, "channels": 4})
-    assert count_records(data, config) == len(history(data, config))
 
 
 def test_the_best_weights_reproduce_the_best_validation(data):
