@@ -48,7 +48,7 @@ def _data() -> str:
     from demo_lib.data import find_data
 
     source = find_data()
-    return f"{source.name} from {source.text} ({source.folder})"
+    return f"{source.name} from {source.source}"
 
 
 def _store() -> str:

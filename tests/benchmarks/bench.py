@@ -5,12 +5,12 @@ Stores are temporary ones; only the data is this machine's. Leave the machine al
 """
 
 import argparse
-import gzip
 import json
 import os
 import platform
 import random
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -454,14 +454,15 @@ def table(lines: list[list[str]], sides: str) -> str:
 
 def use_own_data(folder: Path) -> None:
     """Take this machine's data into the folder, laid as torchvision wants it, and read it there, whatever the home."""
-    source = find_data()
-    if source.name != "fashion-mnist":
+    data = find_data()
+    if data.name != "fashion-mnist":
         sys.exit("The benchmark needs the whole Fashion-MNIST: name its folder in DEMO_DATA_DIR.")
     raw = folder / RAW
     raw.mkdir(parents=True)
-    for path in source.folder.rglob("*-ubyte*"):
-        content = path.read_bytes()
-        (raw / path.with_suffix("").name).write_bytes(gzip.decompress(content) if path.suffix == ".gz" else content)
+    for part, split in {"train": data.train, "t10k": data.test}.items():
+        images, labels = split.images.numpy().tobytes(), split.labels.to(torch.uint8).numpy().tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, len(split), 28, 28) + images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, len(split)) + labels)
     os.environ["DEMO_DATA_DIR"] = str(folder)
 
 

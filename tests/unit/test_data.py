@@ -5,7 +5,6 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 from demo_lib import data as data_module
 from demo_lib.config import DemoError, TrainConfig
@@ -15,6 +14,7 @@ from demo_lib.data import (
     RAW,
     SAMPLE,
     SAMPLE_SHA256,
+    FashionData,
     Split,
     batches,
     find_data,
@@ -55,10 +55,10 @@ def package(empty, monkeypatch, as_full):
 
 
 def test_the_package_is_read_where_it_lies_unless_there_is_a_cache(empty, package):
-    assert (find_data().folder, find_data().name) == (package, "fashion-mnist")
+    assert (find_data().source, find_data().name) == ("Debian's package", "fashion-mnist")
     assert not (empty / "data").exists()
     shutil.copytree(SAMPLE, empty / "data" / RAW)
-    assert find_data().folder == empty / "data"
+    assert find_data().source == "the cache"
 
 
 def test_the_real_package_has_the_originals(tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_named_folder_is_taken_in_any_layout(empty, monkeypatch, as_full, layo
             (target / path.stem).write_bytes(gzip.decompress(content))
     monkeypatch.setenv("DEMO_DATA_DIR", str(folder))
     source = find_data()
-    assert (source.folder, source.name, len(source.train)) == (folder, "fashion-mnist", 7_800)
+    assert (source.source, source.name, len(source.train)) == (f"folder {folder}", "fashion-mnist", 7_800)
     assert not (empty / "data").exists()
 
 
@@ -143,7 +143,7 @@ def test_what_torchvision_downloads_fills_the_cache(empty, monkeypatch, as_full)
     monkeypatch.setenv("DEMO_DOWNLOAD", "true")
     monkeypatch.setattr(datasets, "FashionMNIST", lambda root, download: shutil.copytree(SAMPLE, Path(root) / RAW))
     for _ in range(2):  # the second time from the cache
-        assert (find_data().folder, find_data().name) == (empty / "data", "fashion-mnist")
+        assert (find_data().source, find_data().name) == ("the cache", "fashion-mnist")
         monkeypatch.setattr(datasets, "FashionMNIST", None)
     assert not list((empty / "data").glob(".download*"))
 
@@ -185,7 +185,7 @@ def test_files_classes_and_address_are_those_of_torchvision(empty, known):
 @given(train_images=st.integers(200, 60_000), seed=st.integers(0, 2**31 - 1))
 def test_splits_are_stratified_fixed_and_never_overlap(train_images, seed):
     numbered = Split(torch.arange(60_000), torch.arange(60_000) % 10)
-    source = SimpleNamespace(train=numbered, test=numbered, name="", text="", digest="")
+    source = FashionData(numbered, numbered, numbered, numbered, name="", source="", digest="")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_module, "find_data", lambda: source)
         config = TrainConfig(train_images=train_images, seed=seed)
