@@ -163,7 +163,7 @@ def _plot(given: argparse.Namespace) -> None:
 
     open_store()
     run = find_run(given.run_id)
-    history = histories(run.info.run_id, ["train_loss", "val_loss"])
+    history = histories([run.info.run_id], ["train_loss", "val_loss"])
     if "train_loss" not in set(history.metric):
         raise DemoError(f"run {run.info.run_id} has logged no train_loss: choose another run.")
     figure = loss_curve(history, f"Loss of {run.info.run_name}")

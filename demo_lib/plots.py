@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib import color_sequences
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
     if train["run_id"].nunique() > 1:
         raise ValueError("a loss curve shows one run: select the rows of one run_id.")
     validation = history[history["metric"] == "val_loss"]
-    figure, axis = _axes(title, "cross-entropy")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy")
     axis.plot(train["step"], train["value"], color=COLORS[0], label="train_loss")
     if len(validation):
         axis.plot(validation["step"], validation["value"], "s--", color=COLORS[1], label="val_loss")
@@ -57,19 +57,13 @@ def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str
     `history` has the columns run_id, metric, step, value. Without a point of the metric it is a ValueError.
     """
     points = _metric(history, metric)
-    figure, axis = _axes(metric, metric)
-    axis.set_prop_cycle(LINES)
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axis.set(title=metric, xlabel="optimizer step", ylabel=metric, prop_cycle=LINES)
     for run_id, line in points.groupby("run_id", sort=False):
         label, often = labels.get(run_id, run_id[:8]), max(1, len(line) // 10)
         axis.plot(line["step"], line["value"], markevery=often, label=label)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
-
-
-def _axes(title: str, quantity: str) -> tuple[Figure, Axes]:
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axis.set(title=title, xlabel="optimizer step", ylabel=quantity)
-    return figure, axis
 
 
 def _metric(history: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -41,23 +41,20 @@ def find_run(run_id: str) -> Run:
     return found[0]
 
 
-def runs(
-    experiments: Sequence[str] | str, where: str = "", order_by: list[str] | None = None, limit: int = MANY
-) -> pd.DataFrame:
-    """Return all runs of the experiments (names) that pass the filter, or the first `limit`, the latest first.
+def runs(experiment: str, where: str = "", order_by: list[str] | None = None, limit: int = MANY) -> pd.DataFrame:
+    """Return all runs of the experiment (its name) that pass the filter, or the first `limit`, the latest first.
 
     Columns: run_id, name, status, start (UTC), seconds (NaN while it runs), parent_run_id, `params.*` (numbers where
     the whole column is numeric) and `metrics.*` (last values). `where` and `order_by` are in MLflow's language.
 
     Raises:
-        DemoError: an experiment is not in the store.
+        DemoError: the experiment is not in the store.
         MlflowException: MLflow can't read the filter or the order.
     """
     known = _experiments()
-    asked = [own if (own := own_name(name)) in known else name for name in _listed(experiments)]
-    if unknown := [name for name in asked if name not in known]:
-        raise DemoError(f"the store has no experiment {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    return _search([known[name] for name in asked], where, order_by, limit)
+    if (found := known.get(own_name(experiment)) or known.get(experiment)) is None:
+        raise DemoError(f"the store has no experiment {experiment!r}; it has {', '.join(sorted(known))}.")
+    return _search([found], where, order_by, limit)
 
 
 def children(parent_run_id: str, where: str = "", order_by: list[str] | None = None) -> pd.DataFrame:
@@ -79,7 +76,7 @@ def best(
     return found.dropna(subset=[f"metrics.{metric}"])  # MLflow sorts those without a value last
 
 
-def histories(run_ids: Sequence[str] | str, metrics: Sequence[str] | str) -> pd.DataFrame:
+def histories(run_ids: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Return every logged value of the metrics (full run ids): run_id, metric, step, value, time (UTC).
 
     Ordered by run and metric as given, step and time; a run without any value that is unknown is a DemoError.
@@ -87,11 +84,11 @@ def histories(run_ids: Sequence[str] | str, metrics: Sequence[str] | str) -> pd.
     client = MlflowClient(tracking_uri())
     points = [
         (run_id, metric, point.step, point.value, point.timestamp)
-        for run_id in _listed(run_ids)
-        for metric in _listed(metrics)
+        for run_id in run_ids
+        for metric in metrics
         for point in sorted(client.get_metric_history(run_id, metric), key=lambda point: (point.step, point.timestamp))
     ]
-    for run_id in set(_listed(run_ids)) - {point[0] for point in points}:
+    for run_id in set(run_ids) - {point[0] for point in points}:
         find_run(run_id)
     frame = pd.DataFrame(points, columns=HISTORY_COLUMNS).astype({"step": "int64", "value": "float64"})
     return frame.assign(time=pd.to_datetime(frame["time"].astype("int64"), unit="ms", utc=True))
@@ -116,17 +113,13 @@ def export(run_id: str, path: str | Path) -> None:
     elif kind not in (".csv", ".parquet"):
         raise DemoError(f"{path} must end in .csv or .parquet or, for the configuration, in .yaml.")
     else:
-        frame = histories(run.info.run_id, sorted(run.data.metrics))
+        frame = histories([run.info.run_id], sorted(run.data.metrics))
         content = frame.to_parquet(index=False) if kind == ".parquet" else frame.to_csv(index=False).encode()
     try:
         with whole_file(path) as partial:
             partial.write_bytes(content)
     except OSError as error:
         raise DemoError(f"{path} can't be written ({error.strerror}): name a file in a folder that can be.") from None
-
-
-def _listed(names: Sequence[str] | str) -> list[str]:
-    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
 
 
 def _experiments() -> dict[str, str]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from demo_lib import internals
 from demo_lib.config import DemoError, settings, sqlite_file, sqlite_uri, tracking_uri, whole_file
 
 import mlflow
@@ -22,6 +21,10 @@ from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Experiment, Run, ViewType
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.environment_variables import MLFLOW_RUN_ID
+
+# MLflow's private parts, as in MLflow 3.17.2; `tests/unit/test_internals.py` names the one that another has changed.
+from mlflow.utils.credentials import get_default_host_creds  # isort: skip
+from mlflow.utils.rest_utils import http_request  # isort: skip
 
 DATABASES = ("postgresql", "mysql", "mssql", "databricks")
 
@@ -69,13 +72,13 @@ def own_name(experiment: str) -> str:
 
     A name with a slash is taken as it is, so that others' experiments can be named.
     """
-    login = internals.login(tracking_uri())
+    login = _login()
     return f"{login}/{experiment}" if login and "/" not in experiment else experiment
 
 
 def own_model_name(model: str) -> str:
     """Return the name that the registered model has for you: on a server with a login, `LOGIN.` comes before it."""
-    login = internals.login(tracking_uri())
+    login = _login()
     return f"{login}.{model}" if login and not model.startswith(f"{login}.") else model
 
 
@@ -144,7 +147,10 @@ def make_store(database: Path) -> None:
         with FileLock(database.with_name(f".{database.name}.lock")) if not database.is_file() else nullcontext():
             if not database.is_file():
                 with whole_file(database) as partial:
-                    internals.make_store(sqlite_uri(partial), (database.parent / "artifacts").as_uri())
+                    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # private; takes a second
+
+                    # The public way to the tables is a whole server.
+                    SqlAlchemyStore(sqlite_uri(partial), (database.parent / "artifacts").as_uri())._dispose_engine()
     except OSError as error:
         what = "set DEMO_HOME or MLFLOW_TRACKING_URI to a place that can be written"
         raise DemoError(f"the store {database} can't be made ({error.strerror}): {what}.") from None
@@ -175,11 +181,18 @@ def _without_login(uri: str) -> str:
     return re.sub("//[^/]*@", "//", uri, count=1)
 
 
+def _login() -> str:
+    """Return the name that MLflow sends to a server, from the environment or its credentials file, or an empty one."""
+    uri = tracking_uri()
+    return (get_default_host_creds(uri).username or "") if uri.startswith("http") else ""
+
+
 def _ask_server(uri: str) -> None:
     """Ask once, for 4 s at most: with MLflow's default retries a wrong address takes minutes to fail."""
     shown, search = _without_login(uri), "/api/2.0/mlflow/experiments/search"
+    once = {"max_retries": 0, "timeout": 4, "raise_on_status": False, "json": {"max_results": 1}}
     try:
-        status = internals.ask(uri, search, timeout=4, raise_on_status=False, json={"max_results": 1}).status_code
+        status = http_request(get_default_host_creds(uri), search, "POST", **once).status_code
     except MlflowException:
         todo = "start it, or correct or unset MLFLOW_TRACKING_URI"
         raise DemoError(f"no MLflow server answers at {shown}: {todo}.") from None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import signal
 import sys
-from collections.abc import Collection, Iterator
+import threading
+import traceback
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demo_lib.config import LESSONS, ROOT, Config, DemoError, TrainConfig, settings
-from demo_lib.interrupts import release_locks, signals, terminable
 from demo_lib.store import this_process
 
 import git
@@ -67,13 +69,54 @@ def truthful_status() -> Iterator[None]:
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             with signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
-                if interrupted:
-                    release_locks(error)
+                if interrupted:  # a query that was cut off keeps SQLite locked as long as the traceback's frames live
+                    traceback.clear_frames(error.__traceback__)
                 MlflowClient().set_tag(run.info.run_id, "error", f"{type(error).__name__}: {error}".rstrip(": ")[:5000])
                 # With the runs nested in it that are still open; the run may have ended itself.
                 while mlflow.active_run() and mlflow.get_run(run.info.run_id).info.status == "RUNNING":
                     mlflow.end_run("KILLED" if interrupted else "FAILED")
             raise
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; raised so that `with` blocks and generators end before the process does."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that what the block must clean up is cleaned up, and then send it again."""
+
+    def handler(signum: int, frame: object) -> None:
+        raise Terminated
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            return before(lost)
+        # It came in a `__del__`, where Python drops exceptions.
+        signum = signal.SIGTERM if lost.exc_type is Terminated else signal.SIGINT
+        threading.Timer(0.1, signal.raise_signal, [signum]).start()
+
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        with signals({signal.SIGTERM: handler}):
+            yield
+    except Terminated:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
+def signals(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Handle signals like this in the block, in the main thread: no other can."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items() if here}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def log_config(config: Config, exclude: Collection[str] = ()) -> None:

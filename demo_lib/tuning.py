@@ -9,13 +9,13 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
 from demo_lib.config import DemoError, TrainConfig, TuneConfig
 from demo_lib.data import FashionData, batches, load_data
-from demo_lib.interrupts import release_locks
 from demo_lib.model import build_model
 from demo_lib.store import connect
 from demo_lib.study import MEMORY, done, open_study, parent_run, running, study_figures
@@ -109,7 +109,7 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
             if value is None:
                 mlflow.end_run("KILLED")  # raised inside the block, TrialPruned would end the run FAILED
     except BaseException as error:
-        release_locks(error)
+        traceback.clear_frames(error.__traceback__)  # as in `truthful_status`: Optuna writes before it passes it on
         if isinstance(error, Exception):
             trial.set_user_attr("error", repr(error))
         raise

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from demo_lib import tuning
 from demo_lib.config import DemoError, TuneConfig, settings, tracking_uri
 from demo_lib.data import load_data
-from demo_lib.interrupts import terminable
 from demo_lib.ops.processes import OwnedProcess
 from demo_lib.store import close_stale_runs, open_store
 from demo_lib.study import MEMORY, done, equip, open_storage, return_to, running
+from demo_lib.tracking import terminable
 
 import mlflow
 import optuna

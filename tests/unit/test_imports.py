@@ -27,7 +27,7 @@ def test_torchvision_has_its_operators():
 
 
 # Each room imports only rooms that stand before it.
-CORE = "config data model training interrupts internals store tracking study tuning runs plots recipe"
+CORE = "config data model training store tracking study tuning runs plots recipe"
 CORE = [f"demo_lib.{name}" for name in CORE.split()]
 SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
@@ -106,8 +106,6 @@ MAY_LOAD = {
     "data": NETWORK,
     "model": NETWORK,
     "training": NETWORK,
-    "interrupts": {"signal"},
-    "internals": STORE,
     "store": STORE,
     "tracking": TRACKING,
     "study": TUNING - {"torch"},

@@ -1,6 +1,7 @@
-"""Each part of MLflow that it does not promise to keep still does what the project needs it for."""
+"""Each part of MLflow that it does not promise to keep still does what the store needs it for."""
 
-from demo_lib import internals
+from demo_lib import store
+from demo_lib.store import make_store, own_name
 
 import mlflow
 import pytest
@@ -11,20 +12,22 @@ from tests.tools.processes import mlflow_server
 
 def test_the_login_is_found_where_mlflow_looks_for_it(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
-    assert internals.login("https://example.org") == "ann"
-    assert internals.login("sqlite:///x.db") == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org")
+    assert store.get_default_host_creds("https://example.org").username == "ann" and own_name("x") == "ann/x"
 
 
 def test_one_request_is_sent_and_not_again(tmp_path):
+    once = {"max_retries": 0, "timeout": 9, "raise_on_status": False, "json": {"max_results": 1}}
     with mlflow_server(tmp_path) as uri:
-        answer = internals.ask(uri, "/api/2.0/mlflow/experiments/search", json={"max_results": 1}, timeout=9)
+        creds = store.get_default_host_creds(uri)
+        answer = store.http_request(creds, "/api/2.0/mlflow/experiments/search", "POST", **once)
     assert answer.json()["experiments"][0]["name"] == "Default"
     with pytest.raises(mlflow.MlflowException):
-        internals.ask(uri, "/version", timeout=1)
+        store.http_request(creds, "/version", "GET", **once)
 
 
 def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
-    internals.make_store(f"sqlite:///{tmp_path}/new.db", tmp_path.as_uri())
+    make_store(tmp_path / "new.db")
     engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/new.db")
     names = sqlalchemy.inspect(engine).get_table_names()
     (index,) = [each for each in names if each == "latest_metrics"]

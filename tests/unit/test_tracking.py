@@ -9,19 +9,19 @@ import sys
 import time
 from contextlib import closing
 
-from demo_lib import internals, tracking
+from demo_lib import tracking
 from demo_lib.config import ROOT, DemoError, TrainConfig
 from demo_lib.data import batches, load_data
-from demo_lib.interrupts import signals, terminable
 from demo_lib.model import build_model
 from demo_lib.store import connect, open_store, own_model_name, own_name, ui_link
-from demo_lib.tracking import provenance, truthful_status
+from demo_lib.tracking import provenance, signals, terminable, truthful_status
 
 import mlflow
 import pytest
 import sqlalchemy
 import torch
 from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from tests.tools.processes import normal_signals
 
@@ -130,7 +130,7 @@ def test_an_address_that_is_no_store_is_one_sentence(home, monkeypatch, address,
 def test_sqlite_is_told_once_that_the_table_of_last_values_is_large(tmp_path, monkeypatch):
     """Without these statistics, sorting 10,000 runs by a metric takes 5 s, with them 0.04 s."""
     database = tmp_path / "of_mlflow_itself.db"
-    internals.make_store(f"sqlite:///{database}", tmp_path.as_uri())
+    SqlAlchemyStore(f"sqlite:///{database}", tmp_path.as_uri())._dispose_engine()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     for _ in range(2):
         open_store()
