@@ -18,12 +18,20 @@ from server.settings import PREFIX, ServerSettings
 def call(
     settings: ServerSettings, method: str, path: str, timeout: float = 20, as_nobody: bool = False, **options: object
 ) -> requests.Response:
-    """Send one request, at once, as the administrator or without a login; a `DemoError` if nobody answers."""
+    """Send one request, at once, as the administrator or without a login.
+
+    Raises:
+        DemoError: nobody answers, or the administrator's password is refused.
+    """
     options |= {"auth": None if as_nobody else _login(settings), "timeout": timeout, "allow_redirects": False}
     try:
-        return requests.request(method, settings.url + path, **options)
+        answer = requests.request(method, settings.url + path, **options)
     except requests.RequestException:
         raise DemoError(f"no server answers at {settings.url}: start it with `python -m server start`.") from None
+    if answer.status_code == 401 and not as_nobody:
+        fix = f"set {PREFIX}ADMIN_PASSWORD as for the first `start`"
+        raise DemoError(f"{settings.url} refuses the administrator's password: {fix}.")
+    return answer
 
 
 @contextmanager

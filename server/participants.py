@@ -12,15 +12,16 @@ from pathlib import Path
 
 from demo_lib.config import DemoError, lessons, whole_file
 
-import pandas as pd
+import mlflow
+from mlflow.entities import Experiment, LifecycleStage, ViewType
 
-from server.client import call
-from server.settings import PREFIX, ServerSettings
+from server.client import as_admin, call
+from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # no dot and no slash: they end the person's part of a name
 LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
 OTHERS = ("batch", "train", "tune")  # experiments that lessons and commands use besides the lessons' own
-SHARED = "shared/"
+SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,9 @@ class Account:
     admin: bool
     experiments: dict[str, str]
 
-    @property
-    def manages(self) -> set[str]:
-        """The ids of the experiments that are its own."""
-        return {number for number, permission in self.experiments.items() if permission == "MANAGE"}
-
-    @property
-    def writes(self) -> set[str]:
-        """The ids of the experiments that it can write."""
-        return self.manages | {number for number, permission in self.experiments.items() if permission == "EDIT"}
+    def holds(self, *permissions: str) -> set[str]:
+        """Return the ids of the experiments on which it has one of these permissions."""
+        return {number for number, permission in self.experiments.items() if permission in permissions}
 
 
 def read_names(path: Path) -> list[str]:
@@ -55,32 +50,25 @@ def read_names(path: Path) -> list[str]:
     if bad := [name for name in names if not NAME.fullmatch(name)]:
         what = "use 1 to 32 letters a-z, digits, - and _, and begin with a letter or digit"
         raise DemoError(f"{path}: the name {bad[0]!r} is not allowed: {what}.")
-    folded = [name.casefold() for name in names]
-    if twice := [name for name in names if folded.count(name.casefold()) > 1]:
+    if twice := [name for name in names if names.count(name) > 1]:
         raise DemoError(f"{path}: the name {twice[0]!r} is there twice: give each person a name of their own.")
     return names
 
 
-def add(
-    settings: ServerSettings,
-    names: Sequence[str],
-    hand_out: Callable[[dict[str, str]], None],
-    shared: Sequence[str] = (),
-) -> list[str]:
+def add(settings: ServerSettings, names: Sequence[str], hand_out: Callable[[dict[str, str]], None]) -> list[str]:
     """Give each person what is missing: an account, experiments with EDIT, READ on the shared ones; return the new.
 
     `hand_out` gets the passwords of new people by name, before the first account is made: none can be lost. What is
     there stays as it is, so the same call completes what a failure cut off.
 
     Raises:
-        DemoError: a name is an administrator's or differs from another only in case, an experiment is not there or
-            belongs to somebody else, or the server refuses or ends.
+        DemoError: a name is taken, an experiment belongs to somebody else, or the server refuses or ends.
     """
     known, there = accounts(settings), all_experiments(settings)
-    people = [account for account in known.values() if not account.admin]
     for name in names:
-        _refuse(settings, name, known, there)
-    readable = _shared(shared, people, there)
+        _refuse(name, known, there)
+    active = [each for each in there.values() if each.lifecycle_stage == LifecycleStage.ACTIVE]
+    readable = {each.experiment_id: "READ" for each in active if each.name.startswith(f"{SHARED}/")}
     new = {name: make_password() for name in names if name not in known}
     if new:
         hand_out(new)
@@ -89,7 +77,7 @@ def add(
             _ask(settings, "POST", "2.0/mlflow/users/create", username=name, password=new[name])
         granted = known[name].experiments if name in known else {}
         own = {_experiment(settings, there, each): "EDIT" for each in area(name)}
-        for number, permission in (dict.fromkeys(readable, "READ") | own).items():
+        for number, permission in (readable | own).items():
             if number not in granted:
                 what = {"resource_type": "experiment", "resource_id": number, "permission": permission}
                 _ask(settings, "POST", "3.0/mlflow/users/permissions/grant", username=name, **what)
@@ -110,14 +98,6 @@ def accounts(settings: ServerSettings) -> dict[str, Account]:
 def participants(settings: ServerSettings) -> list[Account]:
     """Return the accounts without the administrators', sorted by name."""
     return sorted((each for each in accounts(settings).values() if not each.admin), key=lambda each: each.name)
-
-
-def table(settings: ServerSettings) -> pd.DataFrame:
-    """Return for each participant the number of experiments they can write and of those they can only read."""
-    people = participants(settings)
-    own = [len(each.writes) for each in people]
-    shared = [len(each.experiments) - len(each.writes) for each in people]
-    return pd.DataFrame({"own": own, "shared": shared}, pd.Index([each.name for each in people], name="name"))
 
 
 def reset(settings: ServerSettings, name: str) -> str:
@@ -157,48 +137,29 @@ def write_sheet(path: Path, passwords: dict[str, str]) -> None:
         raise DemoError(f"the sheet {path} can't be written ({error}): choose another --sheet.") from None
 
 
-def all_experiments(settings: ServerSettings) -> dict[str, dict]:
-    """Return all experiments by name, deleted ones too, page by page."""
-    query, found = {"max_results": 1000, "view_type": "ALL"}, {}
-    while True:
-        page = _ask(settings, "POST", "2.0/mlflow/experiments/search", **query)
-        found |= {each["name"]: each for each in page.get("experiments", [])}
-        if not (token := page.get("next_page_token")):
-            return found
-        query["page_token"] = token
+def all_experiments(settings: ServerSettings) -> dict[str, Experiment]:
+    """Return all experiments by name, deleted ones too."""
+    with as_admin(settings):
+        return {each.name: each for each in mlflow.search_experiments(view_type=ViewType.ALL)}
 
 
-def _refuse(settings: ServerSettings, name: str, known: dict[str, Account], there: dict[str, dict]) -> None:
+def _refuse(name: str, known: dict[str, Account], there: dict[str, Experiment]) -> None:
     """Look for all that could stop `add` half-way."""
-    same = name if name in known else next((each for each in known if each.casefold() == name.casefold()), name)
-    if name == settings.admin_name or (same in known and known[same].admin) or f"{name}/" == SHARED:
+    if name == SHARED or (name in known and known[name].admin):
         raise DemoError(f"the name {name!r} is taken: choose another.")
-    if same != name:
-        raise DemoError(f"the names {name!r} and {same!r}, who has an account, differ only in case: change one.")
-    ids = {there[each]["experiment_id"]: each for each in area(name) if each in there}
+    ids = {there[each].experiment_id: each for each in area(name) if each in there}
     for other in known.values():
-        if not other.admin and other.name != name and (taken := other.manages & ids.keys()):
+        if not other.admin and other.name != name and (taken := other.holds("MANAGE") & ids.keys()):
             raise DemoError(f"the experiment {ids[min(taken)]!r} belongs to {other.name!r}: rename it.")
 
 
-def _shared(shared: Sequence[str], people: Sequence[Account], there: dict[str, dict]) -> list[str]:
-    """Return the ids of the experiments to read: those named, or those under `shared/` that no participant writes."""
-    active = {name: each["experiment_id"] for name, each in there.items() if each["lifecycle_stage"] == "active"}
-    if missing := [name for name in shared if name not in active]:
-        raise DemoError(f"the server has no experiment {missing[0]!r} to share: make it first.")
-    written = set().union(*(each.writes for each in people))
-    found = [number for name, number in active.items() if name.startswith(SHARED) and number not in written]
-    return [active[name] for name in shared] or found
-
-
-def _experiment(settings: ServerSettings, there: dict[str, dict], name: str) -> str:
+def _experiment(settings: ServerSettings, there: dict[str, Experiment], name: str) -> str:
     """Return the experiment's id; make it if it is missing, and bring it back if it was deleted."""
-    if name not in there:
+    if (found := there.get(name)) is None:
         return _ask(settings, "POST", "2.0/mlflow/experiments/create", name=name)["experiment_id"]
-    number = there[name]["experiment_id"]
-    if there[name]["lifecycle_stage"] != "active":
-        _ask(settings, "POST", "2.0/mlflow/experiments/restore", experiment_id=number)
-    return number
+    if found.lifecycle_stage != LifecycleStage.ACTIVE:
+        _ask(settings, "POST", "2.0/mlflow/experiments/restore", experiment_id=found.experiment_id)
+    return found.experiment_id
 
 
 def _require(settings: ServerSettings, name: str) -> None:
@@ -213,9 +174,6 @@ def _ask(settings: ServerSettings, method: str, route: str, **body: object) -> d
     if not settings.accounts:
         raise DemoError("the profile local has no accounts: use --profile workshop, as for `start`.")
     answer = call(settings, method, f"/api/{route}", json=body)
-    if answer.status_code == 401:
-        fix = f"set {PREFIX}ADMIN_PASSWORD as for the first `start`"
-        raise DemoError(f"{settings.url} refuses the administrator's password: {fix}.")
     if not answer.ok:
         raise DemoError(f"{settings.url} refuses {route} ({answer.status_code}: {answer.text[:200]}): fix that.")
     return answer.json() if answer.content else {}
