@@ -102,7 +102,8 @@ def _cleanup(settings: ServerSettings, given: argparse.Namespace) -> None:
     from server.cleanup import clean_up
 
     found = clean_up(settings, given.older_than, given.dry_run)
-    print(*found.kept, f"{'would remove' if given.dry_run else 'removed'} {found}", sep="\n")
+    what = f"{len(found.runs)} runs, {len(found.models)} models and {len(found.experiments)} experiments."
+    print(*found.kept, f"{'would remove' if given.dry_run else 'removed'} {what}", sep="\n")
 
 
 def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
@@ -113,7 +114,7 @@ def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
         new = participants.add(settings, names, partial(participants.write_sheet, given.sheet))
         print(f"{len(new)} new, {len(names) - len(new)} already there; passwords: {given.sheet}")
     elif given.action == "list":
-        print(*(each.name for each in participants.participants(settings)), sep="\n")
+        print(*participants.participants(settings), sep="\n")
     elif given.action == "reset":
         print(participants.reset(settings, given.name))
         print(f"the old password may work for up to {process.CACHE_SECONDS} s more.", file=sys.stderr)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from demo_lib.config import DemoError
 
@@ -33,17 +32,13 @@ PROXIED = "mlflow-artifacts:/"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@dataclass(frozen=True)
-class Cleanup:
+class Cleanup(NamedTuple):
     """What goes, by id, and the sentences about what stays because the registry needs it."""
 
     runs: list[str]
     models: list[str]
     experiments: list[str]
     kept: list[str]
-
-    def __str__(self) -> str:
-        return f"{len(self.runs)} runs, {len(self.models)} models and {len(self.experiments)} experiments."
 
 
 def clean_up(settings: ServerSettings, older_than: str, dry_run: bool = False) -> Cleanup:
@@ -67,8 +62,6 @@ def clean_up(settings: ServerSettings, older_than: str, dry_run: bool = False) -
     except (MlflowException, requests.RequestException, SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise DemoError(f"not all could be removed ({reason}): fix that and run it again.") from None
-    finally:
-        store._dispose_engine()
     return found
 
 

@@ -52,10 +52,10 @@ def signed_in(url: str, name: str, password: str) -> Iterator[None]:
 
 
 @contextmanager
-def as_admin(settings: ServerSettings) -> Iterator[str]:
+def as_admin(settings: ServerSettings) -> Iterator[None]:
     """Point MLflow's clients in this process at the server, as its administrator, until the block ends."""
     with signed_in(settings.url, *(_login(settings) or ("", ""))):
-        yield settings.url
+        yield
 
 
 def account_client(url: str) -> mlflow.server.auth.client.AuthServiceClient:

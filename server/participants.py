@@ -7,7 +7,6 @@ import io
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from demo_lib.config import DemoError, lessons, whole_file
@@ -22,19 +21,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # no dot and no slash: the
 LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
 OTHERS = ("batch", "train", "tune")  # experiments that lessons and commands use besides the lessons' own
 SHARED = "shared"
-
-
-@dataclass(frozen=True)
-class Account:
-    """An account and what it was granted: permissions by the experiment's id."""
-
-    name: str
-    admin: bool
-    experiments: dict[str, str]
-
-    def holds(self, *permissions: str) -> set[str]:
-        """Return the ids of the experiments on which it has one of these permissions."""
-        return {number for number, permission in self.experiments.items() if permission in permissions}
 
 
 def read_names(path: Path) -> list[str]:
@@ -64,9 +50,9 @@ def add(settings: ServerSettings, names: Sequence[str], hand_out: Callable[[dict
     Raises:
         DemoError: a name is taken, an experiment belongs to somebody else, or the server refuses or ends.
     """
-    known, there = accounts(settings), all_experiments(settings)
+    known, there = participants(settings), all_experiments(settings)
     for name in names:
-        _refuse(name, known, there)
+        _refuse(settings, name, known, there)
     active = [each for each in there.values() if each.lifecycle_stage == LifecycleStage.ACTIVE]
     readable = {each.experiment_id: "READ" for each in active if each.name.startswith(f"{SHARED}/")}
     new = {name: make_password() for name in names if name not in known}
@@ -75,29 +61,23 @@ def add(settings: ServerSettings, names: Sequence[str], hand_out: Callable[[dict
     for name in names:
         if name in new:
             _ask(settings, "POST", "2.0/mlflow/users/create", username=name, password=new[name])
-        granted = known[name].experiments if name in known else {}
         own = {_experiment(settings, there, each): "EDIT" for each in area(name)}
         for number, permission in (readable | own).items():
-            if number not in granted:
+            if number not in known.get(name, {}):
                 what = {"resource_type": "experiment", "resource_id": number, "permission": permission}
                 _ask(settings, "POST", "3.0/mlflow/users/permissions/grant", username=name, **what)
     return list(new)
 
 
-def accounts(settings: ServerSettings) -> dict[str, Account]:
-    """Return all accounts by name, the administrator's too."""
+def participants(settings: ServerSettings) -> dict[str, dict[str, str]]:
+    """Return each participant's permissions, by name and then by the experiment's id."""
     found = {}
     for user in _ask(settings, "GET", "2.0/mlflow/users/list")["users"]:
-        grants = [each for role in user["roles"] for each in role["permissions"]]
-        grants = [each for each in grants if each["resource_type"] == "experiment"]
-        granted = {each["resource_pattern"]: each["permission"] for each in grants}
-        found[user["username"]] = Account(user["username"], user["is_admin"], granted)
-    return found
-
-
-def participants(settings: ServerSettings) -> list[Account]:
-    """Return the accounts without the administrators', sorted by name."""
-    return sorted((each for each in accounts(settings).values() if not each.admin), key=lambda each: each.name)
+        if not user["is_admin"]:
+            grants = [each for role in user["roles"] for each in role["permissions"]]
+            grants = [each for each in grants if each["resource_type"] == "experiment"]
+            found[user["username"]] = {each["resource_pattern"]: each["permission"] for each in grants}
+    return dict(sorted(found.items()))
 
 
 def reset(settings: ServerSettings, name: str) -> str:
@@ -143,14 +123,14 @@ def all_experiments(settings: ServerSettings) -> dict[str, Experiment]:
         return {each.name: each for each in mlflow.search_experiments(view_type=ViewType.ALL)}
 
 
-def _refuse(name: str, known: dict[str, Account], there: dict[str, Experiment]) -> None:
+def _refuse(settings: ServerSettings, name: str, known: dict[str, dict], there: dict[str, Experiment]) -> None:
     """Look for all that could stop `add` half-way."""
-    if name == SHARED or (name in known and known[name].admin):
+    if name in (settings.admin_name, SHARED):
         raise DemoError(f"the name {name!r} is taken: choose another.")
-    ids = {there[each].experiment_id: each for each in area(name) if each in there}
-    for other in known.values():
-        if not other.admin and other.name != name and (taken := other.holds("MANAGE") & ids.keys()):
-            raise DemoError(f"the experiment {ids[min(taken)]!r} belongs to {other.name!r}: rename it.")
+    for each in area(name):
+        number = there[each].experiment_id if each in there else None
+        if owner := [other for other in known if other != name and known[other].get(number) == "MANAGE"]:
+            raise DemoError(f"the experiment {each!r} belongs to {owner[0]!r}: rename it.")
 
 
 def _experiment(settings: ServerSettings, there: dict[str, Experiment], name: str) -> str:
@@ -164,8 +144,7 @@ def _experiment(settings: ServerSettings, there: dict[str, Experiment], name: st
 
 def _require(settings: ServerSettings, name: str) -> None:
     """Raise a `DemoError` if there is no such participant."""
-    names = [each.name for each in participants(settings)]
-    if name not in names:
+    if name not in (names := participants(settings)):
         raise DemoError(f"there is no participant {name!r}; there are: {', '.join(names) or 'none'}.")
 
 

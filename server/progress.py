@@ -27,18 +27,18 @@ def progress(settings: ServerSettings) -> pd.DataFrame:
     """
     people, there = participants(settings), all_experiments(settings)
     titles, owners = [path.stem for path in lessons()], {}
-    for person in people:
+    for person, granted in people.items():
         for title in titles:
-            found = there.get(f"{person.name}/{title}")
-            if found and found.experiment_id in person.holds("EDIT", "MANAGE"):
-                owners[found.experiment_id] = person.name, title
+            number = there[name].experiment_id if (name := f"{person}/{title}") in there else None
+            if granted.get(number) in ("EDIT", "MANAGE"):
+                owners[number] = person, title
     finished, last = Counter(), Counter()
     with as_admin(settings):
         for run in mlflow.search_runs(list(owners), max_results=MANY, output_format="list") if owners else ():
             person, lesson = owners[run.info.experiment_id]
             finished[person, lesson] += run.info.status == "FINISHED"
             last[person] = max(last[person], run.info.start_time, run.info.end_time or 0)
-    names = pd.Index([each.name for each in people], name="name")
+    names = pd.Index(list(people), name="name")
     counts = {title: [finished[name, title] for name in names] for title in titles}
     times = pd.Series([last[name] or None for name in names], names, dtype="Int64")
     return pd.DataFrame(counts, names).assign(last_activity=pd.to_datetime(times, unit="ms", utc=True))

@@ -18,7 +18,6 @@ from sqlalchemy.exc import ArgumentError
 
 PREFIX = "MLFLOW_DEMO_SERVER_"
 ENV_FILE = Path(__file__).with_name("server.env")
-HERE = ("127.0.0.1", "localhost")
 
 
 def _server_data() -> Path:
@@ -42,8 +41,7 @@ class Flags(BaseModel, frozen=True):
 
     profile: Literal["local", "workshop"] = Field("local", description="workshop: PostgreSQL, accounts, exact hosts")
     folder: AbsolutePath = Field(
-        default_factory=_server_data,
-        description="folder of the server's database, artifacts, log and state; server-data here or in DEMO_HOME",
+        default_factory=_server_data, description="folder of database, artifacts, log and state"
     )
     host: str = Field("127.0.0.1", description="network interface to listen on")
     port: int = Field(5080, ge=1, le=65535, description="port to listen on")
@@ -96,21 +94,6 @@ class ServerSettings(Flags, frozen=True):
     def artifact_root(self) -> str:
         """Where the server keeps artifacts: a folder's absolute path, or an address."""
         return str(self.artifact_folder or self.artifacts)
-
-    @property
-    def names(self) -> list[str]:
-        """The names by which clients reach the server through its proxy."""
-        return [name.strip() for name in self.hosts.split(",") if name.strip()]
-
-    @property
-    def allowed_hosts(self) -> str:
-        """Exact Host headers to answer, with commas: MLflow's default 10.* would also match 10.evil.example."""
-        return ",".join([*(f"{name}{port}" for name in HERE for port in ("", f":{self.port}")), *self.names])
-
-    @property
-    def allowed_origins(self) -> str:
-        """Exact web origins, with commas, that may call the server from a browser."""
-        return ",".join([f"http://{name}:{self.port}" for name in HERE] + [f"https://{name}" for name in self.names])
 
     @property
     def worker_count(self) -> int:

@@ -119,16 +119,16 @@ def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path):
 
 
 def test_the_backup_is_its_owners_only(backup):
-    assert not [path for path in (backup[0], *backup[0].rglob("*")) if path.stat().st_mode & 0o077]
+    assert backup[0].stat().st_mode & 0o077 == 0
 
 
 def test_artifacts_that_are_not_there_or_not_apart_are_refused(tmp_path):
-    settings = ServerSettings(folder=tmp_path, artifacts=str(tmp_path / "not mounted"))
-    with pytest.raises(DemoError, match="does not exist"):
-        back_up(settings, tmp_path / "backup")
+    with pytest.raises(DemoError, match="not mounted does not exist"):
+        back_up(ServerSettings(folder=tmp_path, artifacts=str(tmp_path / "not mounted")), tmp_path / "backup")
+    (tmp_path / "artifacts").mkdir()
     with pytest.raises(DemoError, match="is among the artifacts"):
         back_up(ServerSettings(folder=tmp_path), tmp_path / "artifacts" / "backup")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["artifacts"]
 
 
 def test_artifacts_elsewhere_are_left_to_their_providers_tool(home, tmp_path, capsys, monkeypatch):
@@ -151,17 +151,30 @@ def test_the_password_goes_to_the_tools_by_the_environment(tmp_path, monkeypatch
 
 
 def test_nothing_is_not_backed_up(tmp_path):
-    with pytest.raises(DemoError, match="does not exist: name the server's with --folder"):
+    with pytest.raises(DemoError, match="does not exist: start the server, or correct --folder"):
         back_up(ServerSettings(folder=tmp_path / "mistyped"), tmp_path / "backup")
+    (tmp_path / "artifacts").mkdir()
     with pytest.raises(DemoError, match="has no tables yet"):
         back_up(ServerSettings(folder=tmp_path), tmp_path / "backup")
-    assert [path.name for path in tmp_path.iterdir()] in ([], ["lock"])
+    assert [path.name for path in tmp_path.iterdir()] == ["artifacts"]
 
 
-def test_a_backup_is_never_written_over_something(backup, tmp_path):
-    (tmp_path / "notes").write_text("mine")
+def test_a_backup_is_whole_or_not_there_and_over_nothing(home, tmp_path, monkeypatch):
+    settings = ServerSettings(folder=home, database=f"sqlite:///{home}/store/mlflow.db", artifacts=str(home / "store"))
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "notes").write_text("mine")
     with pytest.raises(DemoError, match="is not empty"):
-        back_up(ServerSettings(folder=tmp_path), tmp_path)
+        back_up(settings, mine)
+    assert [path.name for path in mine.iterdir()] == ["notes"]
+    with monkeypatch.context() as patch, pytest.raises(DemoError, match="No space left on device"):
+        patch.setattr("server.backup._hashes", fill_the_disk)
+        back_up(settings, tmp_path / "backup")
+    assert not (tmp_path / "backup").exists()
+    back_up(settings, tmp_path / "backup")
+
+
+def fill_the_disk(*arguments):
+    raise OSError("No space left on device")
 
 
 def break_hash(folder):
@@ -190,7 +203,7 @@ def change_schema(folder):
     [
         (break_hash, r"damaged at artifacts/.*text.txt"),
         (lose_file, r"damaged at artifacts/.*text.txt"),
-        (add_file, r"not of it, artifacts/more"),
+        (add_file, r"damaged at artifacts/more"),
         (lose_manifest, r"no readable manifest.json"),
         (change_schema, r"is of MLflow 2.0"),
     ],
@@ -207,10 +220,6 @@ def test_a_bad_backup_changes_nothing(backup, tmp_path, damage, sentence):
 
 
 def test_a_restore_that_fails_at_the_database_leaves_nothing(backup, tmp_path, monkeypatch):
-    def fill_the_disk(address, file):
-        assert (settings.folder / "artifacts").is_dir()
-        raise OSError("No space left on device")
-
     source, _, known = backup
     settings = ServerSettings(**known["given"], folder=tmp_path / "new", port=free_port())
     with monkeypatch.context() as patch, pytest.raises(DemoError, match="No space left on device"):

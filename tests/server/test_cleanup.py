@@ -108,7 +108,6 @@ def test_a_deleted_experiment_goes_with_its_runs_and_the_files_of_its_models(sit
     ask(site, f"UPDATE experiments SET {past} WHERE experiment_id = {experiment}")
     found = clean(site, "1d")
     assert (found.runs, found.models, found.experiments) == ([run_id], [model], [experiment])
-    assert str(found) == "1 runs, 1 models and 1 experiments."
     for table in ("experiments", "runs", "logged_models"):
         assert int(experiment) not in ask(site, f"SELECT experiment_id FROM {table}")
     assert not (Path(site.settings.artifact_root) / experiment).exists()

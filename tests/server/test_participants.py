@@ -11,16 +11,15 @@ import pytest
 import requests
 from mlflow import MlflowClient, MlflowException
 
-from server import participants
 from server.__main__ import main
-from server.client import as_admin
+from server.client import as_admin, call
 from server.participants import (
     NAME,
-    accounts,
     add,
     all_experiments,
     area,
     make_password,
+    participants,
     read_names,
     remove,
     reset,
@@ -32,9 +31,9 @@ pytestmark = pytest.mark.xdist_group("server")
 
 
 def state(site):
-    """Accounts with their permissions, and experiments, to be compared: MLflow's own are never equal."""
+    """Participants with their permissions, and experiments, to be compared: MLflow's own are never equal."""
     there = all_experiments(site.settings)
-    return accounts(site.settings), {name: SimpleNamespace(**dict(each)) for name, each in there.items()}
+    return participants(site.settings), {name: SimpleNamespace(**dict(each)) for name, each in there.items()}
 
 
 def status(site, login, route="experiments/search", **body):
@@ -65,12 +64,11 @@ def as_server(workshop, monkeypatch):
 def test_each_person_can_edit_their_experiments_and_read_the_shared_one(workshop, people):
     known, there = state(workshop)
     for name in people:
-        granted = known[name].experiments
+        granted = known[name]
         own = {there[each].experiment_id for each in area(name)}
         assert {number for number, each in granted.items() if each == "EDIT"} >= own and len(own) >= 11
         assert granted[there["shared/example"].experiment_id] == "READ"
-        assert not known[name].admin
-    assert not known["ann"].experiments.keys() & {there[each].experiment_id for each in area("bob")}
+    assert not known["ann"].keys() & {there[each].experiment_id for each in area("bob")}
 
 
 def test_adding_twice_changes_nothing_and_the_password_stays(workshop, people):
@@ -86,25 +84,25 @@ def test_adding_again_completes_what_a_failure_cut_off(workshop, people, monkeyp
     def keep(passwords):
         write_sheet(sheet, passwords)
 
-    real, count = participants.call, iter(range(9))
+    count = iter(range(9))
     with monkeypatch.context() as patched:
 
         def failing(*arguments, **options):
             if next(count, None) is None:
                 raise DemoError("no server answers")
-            return real(*arguments, **options)
+            return call(*arguments, **options)
 
-        patched.setattr(participants, "call", failing)
+        patched.setattr("server.participants.call", failing)
         with pytest.raises(DemoError, match="no server answers"):
             add(workshop.settings, ["half", "never"], keep)
     first = dict(line.split(",") for line in sheet.read_text().splitlines()[1:])
-    assert status(workshop, ("half", first["half"])) == 200 and "never" not in accounts(workshop.settings)
+    assert status(workshop, ("half", first["half"])) == 200 and "never" not in participants(workshop.settings)
     assert add(workshop.settings, ["half", "never"], keep) == ["never"]
     final = dict(line.split(",") for line in sheet.read_text().splitlines()[1:])
     assert final["half"] == first["half"] and status(workshop, ("never", final["never"])) == 200
     known, there = state(workshop)
     for name in ("half", "never"):
-        assert known[name].experiments.keys() >= {there[each].experiment_id for each in area(name)}
+        assert known[name].keys() >= {there[each].experiment_id for each in area(name)}
         remove(workshop.settings, name)
 
 
@@ -191,7 +189,7 @@ def test_the_command_line_adds_shows_resets_and_removes(workshop, people, as_ser
         client.create_run(number)
     assert as_server("participants", "remove", "carl") == 0
     assert {status(workshop, ("carl", new), "runs/search", experiment_ids=[number]) for _ in range(8)} & {200} == set()
-    assert "carl" not in accounts(workshop.settings)
+    assert "carl" not in participants(workshop.settings)
     with as_admin(workshop.settings):
         assert len(client.search_runs([number])) == 1
 
@@ -244,7 +242,7 @@ def test_a_sheet_that_can_not_be_written_stops_before_the_first_account(workshop
     for path in (tmp_path / "none" / "sheet.csv", tmp_path, wrong):
         with pytest.raises(DemoError, match=r"the sheet .* (can't be written|has other columns than name and)"):
             add(workshop.settings, ["new"], lambda given, path=path: write_sheet(path, given))
-    assert wrong.read_text() == "a,b\n1,2\n" and "new" not in accounts(workshop.settings)
+    assert wrong.read_text() == "a,b\n1,2\n" and "new" not in participants(workshop.settings)
 
 
 def test_only_participants_can_be_reset_and_removed(workshop, people):
@@ -259,7 +257,7 @@ def test_the_wrong_password_and_the_wrong_profile_are_said(workshop, as_server, 
     assert as_server("participants", "list") == 2
     assert "refuses the administrator's password" in capsys.readouterr().err
     with pytest.raises(DemoError, match="local has no accounts"):
-        accounts(ServerSettings(profile="local"))
+        participants(ServerSettings(profile="local"))
 
 
 def test_passwords_are_long_readable_and_not_repeated():
