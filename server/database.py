@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from server.settings import PREFIX, ServerSettings
 @contextmanager
 def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
     """Give the database's address, and the PostgreSQL if one is started for it; a `DemoError` if it can't be used."""
-    make_folder(settings)
+    make_folders(settings)
     try:  # keeps a second start, or a restore, out of the folder from before there is a server to be seen
         alone = FileLock(settings.folder / "lock").acquire(timeout=0)
     except Timeout:
@@ -48,13 +49,17 @@ def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
             stop_postgres(settings)
 
 
-def make_folder(settings: ServerSettings) -> None:
-    """Make the server's folder, or say in one sentence why it can't be made."""
+def make_folders(settings: ServerSettings) -> None:
+    """Make the server's folder and that of its artifacts; a `DemoError` if they can't be made or written."""
+    root = settings.artifact_folder
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
+        if root and not settings.artifacts:  # one that was named must be there: mistyped, it would fill another disk
+            root.mkdir(exist_ok=True)
+        for folder in folders(settings):
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        why = f"the folder {settings.folder} can't be made ({error.strerror})"
-        raise DemoError(f"{why}: choose another --folder.") from None
+        raise DemoError(f"a folder can't be used ({error}): correct --folder, --artifacts or its owner.") from None
 
 
 def folders(settings: ServerSettings) -> list[Path]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from demo_lib.config import DemoError, lessons, whole_file
 
 import mlflow
-from mlflow.entities import Experiment, LifecycleStage, ViewType
 
 from server.client import as_admin, call
 from server.settings import ServerSettings
@@ -50,19 +49,20 @@ def add(settings: ServerSettings, names: Sequence[str], hand_out: Callable[[dict
     Raises:
         DemoError: a name is taken, an experiment belongs to somebody else, or the server refuses or ends.
     """
-    known, there = participants(settings), all_experiments(settings)
+    known, there = participants(settings), experiments(settings)
     for name in names:
         _refuse(settings, name, known, there)
-    active = [each for each in there.values() if each.lifecycle_stage == LifecycleStage.ACTIVE]
-    readable = {each.experiment_id: "READ" for each in active if each.name.startswith(f"{SHARED}/")}
+    shared = {number: "READ" for name, number in there.items() if name.startswith(f"{SHARED}/")}
     new = {name: make_password() for name in names if name not in known}
     if new:
         hand_out(new)
     for name in names:
         if name in new:
             _ask(settings, "POST", "2.0/mlflow/users/create", username=name, password=new[name])
-        own = {_experiment(settings, there, each): "EDIT" for each in area(name)}
-        for number, permission in (readable | own).items():
+        for each in area(name):
+            if each not in there:
+                there[each] = _ask(settings, "POST", "2.0/mlflow/experiments/create", name=each)["experiment_id"]
+        for number, permission in (shared | {there[each]: "EDIT" for each in area(name)}).items():
             if number not in known.get(name, {}):
                 what = {"resource_type": "experiment", "resource_id": number, "permission": permission}
                 _ask(settings, "POST", "3.0/mlflow/users/permissions/grant", username=name, **what)
@@ -117,29 +117,19 @@ def write_sheet(path: Path, passwords: dict[str, str]) -> None:
         raise DemoError(f"the sheet {path} can't be written ({error}): choose another --sheet.") from None
 
 
-def all_experiments(settings: ServerSettings) -> dict[str, Experiment]:
-    """Return all experiments by name, deleted ones too."""
+def experiments(settings: ServerSettings) -> dict[str, str]:
+    """Return the id of every experiment by its name."""
     with as_admin(settings):
-        return {each.name: each for each in mlflow.search_experiments(view_type=ViewType.ALL)}
+        return {each.name: each.experiment_id for each in mlflow.search_experiments()}
 
 
-def _refuse(settings: ServerSettings, name: str, known: dict[str, dict], there: dict[str, Experiment]) -> None:
+def _refuse(settings: ServerSettings, name: str, known: dict[str, dict], there: dict[str, str]) -> None:
     """Look for all that could stop `add` half-way."""
     if name in (settings.admin_name, SHARED):
         raise DemoError(f"the name {name!r} is taken: choose another.")
     for each in area(name):
-        number = there[each].experiment_id if each in there else None
-        if owner := [other for other in known if other != name and known[other].get(number) == "MANAGE"]:
+        if owner := [other for other in known if other != name and known[other].get(there.get(each)) == "MANAGE"]:
             raise DemoError(f"the experiment {each!r} belongs to {owner[0]!r}: rename it.")
-
-
-def _experiment(settings: ServerSettings, there: dict[str, Experiment], name: str) -> str:
-    """Return the experiment's id; make it if it is missing, and bring it back if it was deleted."""
-    if (found := there.get(name)) is None:
-        return _ask(settings, "POST", "2.0/mlflow/experiments/create", name=name)["experiment_id"]
-    if found.lifecycle_stage != LifecycleStage.ACTIVE:
-        _ask(settings, "POST", "2.0/mlflow/experiments/restore", experiment_id=found.experiment_id)
-    return found.experiment_id
 
 
 def _require(settings: ServerSettings, name: str) -> None:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -20,7 +19,7 @@ from demo_lib.ops.processes import wait_for_health
 
 import psutil
 
-from server.database import database, make_folder, own_postgres, stop_postgres
+from server.database import database, make_folders, own_postgres, stop_postgres
 from server.settings import PREFIX, ServerSettings
 
 HERE = ("127.0.0.1", "localhost")
@@ -87,16 +86,7 @@ def refuse(settings: ServerSettings) -> None:
     except OSError as error:
         why = f"{settings.host}:{settings.port} can't be listened on ({error.strerror})"
         raise DemoError(f"{why}: choose another --port or --host.") from None
-    make_folder(settings)
-    if (root := settings.artifact_folder) is None:
-        return
-    try:
-        if not settings.artifacts:  # one that was named must be there: mistyped, it would fill another disk
-            root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        why = f"the artifact folder {root} can't be written ({error.strerror})"
-        raise DemoError(f"{why}: make it, change its owner, or correct --artifacts.") from None
+    make_folders(settings)
 
 
 def _refuse_secrets(settings: ServerSettings) -> None:

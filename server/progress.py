@@ -10,7 +10,7 @@ import mlflow
 import pandas as pd
 
 from server.client import as_admin
-from server.participants import all_experiments, participants
+from server.participants import experiments, participants
 from server.settings import ServerSettings
 
 MANY = 10**9  # runs: its default would leave some out
@@ -25,11 +25,11 @@ def progress(settings: ServerSettings) -> pd.DataFrame:
     Raises:
         DemoError: the server does not answer, has no accounts or refuses the administrator.
     """
-    people, there = participants(settings), all_experiments(settings)
+    people, there = participants(settings), experiments(settings)
     titles, owners = [path.stem for path in lessons()], {}
     for person, granted in people.items():
         for title in titles:
-            number = there[name].experiment_id if (name := f"{person}/{title}") in there else None
+            number = there.get(f"{person}/{title}")
             if granted.get(number) in ("EDIT", "MANAGE"):
                 owners[number] = person, title
     finished, last = Counter(), Counter()

@@ -215,7 +215,7 @@ def test_a_bad_backup_changes_nothing(backup, tmp_path, damage, sentence):
     settings = ServerSettings(**known["given"], folder=tmp_path / "new", port=free_port())
     with pytest.raises(DemoError, match=sentence):
         restore(settings, tmp_path / "copy")
-    assert not (settings.folder / "artifacts").exists() and not (settings.folder / "mlflow.db").exists()
+    assert not list((settings.folder / "artifacts").rglob("*")) and not (settings.folder / "mlflow.db").exists()
     restore(settings, source)  # so the target was left empty
 
 

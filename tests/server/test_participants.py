@@ -1,7 +1,6 @@
 """Participants: accounts, their experiments and passwords, on the real workshop server."""
 
 import stat
-from types import SimpleNamespace
 
 from demo_lib.config import DemoError
 from demo_lib.store import connect
@@ -12,12 +11,12 @@ import requests
 from mlflow import MlflowClient, MlflowException
 
 from server.__main__ import main
-from server.client import as_admin, call
+from server.client import account_client, as_admin, call
 from server.participants import (
     NAME,
     add,
-    all_experiments,
     area,
+    experiments,
     make_password,
     participants,
     read_names,
@@ -31,9 +30,8 @@ pytestmark = pytest.mark.xdist_group("server")
 
 
 def state(site):
-    """Participants with their permissions, and experiments, to be compared: MLflow's own are never equal."""
-    there = all_experiments(site.settings)
-    return participants(site.settings), {name: SimpleNamespace(**dict(each)) for name, each in there.items()}
+    """Participants with their permissions, and experiments."""
+    return participants(site.settings), experiments(site.settings)
 
 
 def status(site, login, route="experiments/search", **body):
@@ -65,10 +63,10 @@ def test_each_person_can_edit_their_experiments_and_read_the_shared_one(workshop
     known, there = state(workshop)
     for name in people:
         granted = known[name]
-        own = {there[each].experiment_id for each in area(name)}
+        own = {there[each] for each in area(name)}
         assert {number for number, each in granted.items() if each == "EDIT"} >= own and len(own) >= 11
-        assert granted[there["shared/example"].experiment_id] == "READ"
-    assert not known["ann"].keys() & {there[each].experiment_id for each in area("bob")}
+        assert granted[there["shared/example"]] == "READ"
+    assert not known["ann"].keys() & {there[each] for each in area("bob")}
 
 
 def test_adding_twice_changes_nothing_and_the_password_stays(workshop, people):
@@ -102,18 +100,18 @@ def test_adding_again_completes_what_a_failure_cut_off(workshop, people, monkeyp
     assert final["half"] == first["half"] and status(workshop, ("never", final["never"])) == 200
     known, there = state(workshop)
     for name in ("half", "never"):
-        assert known[name].keys() >= {there[each].experiment_id for each in area(name)}
+        assert known[name].keys() >= {there[each] for each in area(name)}
         remove(workshop.settings, name)
 
 
-def test_a_deleted_experiment_and_a_lost_permission_come_back(workshop, people):
+def test_a_lost_permission_comes_back(workshop, people):
     before, there = state(workshop)
-    number = there["bob/train"].experiment_id
+    lost = {"username": "bob", "resource_type": "experiment", "resource_id": there["bob/train"]}
     with as_admin(workshop.settings):
-        MlflowClient().delete_experiment(number)
+        account_client(workshop.url).revoke_user_permission(**lost)
+    assert state(workshop)[0] != before
     add(workshop.settings, ["bob"], {}.update)
-    known, there = state(workshop)
-    assert there["bob/train"].lifecycle_stage == "active" and known == before
+    assert state(workshop) == (before, there)
 
 
 def test_one_can_not_read_write_or_delete_what_is_the_others(workshop, people, login):
@@ -136,7 +134,7 @@ def test_one_can_not_read_write_or_delete_what_is_the_others(workshop, people, l
 
 
 def test_everyone_reads_the_shared_example_and_nobody_writes_it(workshop, people, login):
-    number = all_experiments(workshop.settings)["shared/example"].experiment_id
+    number = experiments(workshop.settings)["shared/example"]
     for name, password in people.items():
         login(name, password)
         client = MlflowClient()
@@ -228,7 +226,7 @@ def test_a_file_from_a_spreadsheet_is_read(tmp_path):
     [("admin", "'admin' is taken"), ("shared", "'shared' is taken"), ("eve", "belongs to 'bob'")],
 )
 def test_nothing_is_done_for_anyone_if_one_name_can_not_be(workshop, people, login, name, message):
-    if "eve/train" not in all_experiments(workshop.settings):
+    if "eve/train" not in experiments(workshop.settings):
         login("bob", people["bob"])
         mlflow.create_experiment("eve/train")
     before, handed = state(workshop), []

@@ -68,9 +68,9 @@ def test_a_second_server_in_the_folder_is_refused(local):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"artifacts": "{folder}/none"}, "artifact folder .* can't be written .*: make it"),
-        ({"artifacts": "/proc/sys"}, "artifact folder .* can't be written"),
-        ({"folder": "/proc/x"}, "the folder /proc/x can't be made"),
+        ({"artifacts": "{folder}/none"}, "the folder .*/none does not exist"),
+        ({"artifacts": "/proc/sys"}, "a folder can't be used .*'/proc/sys/"),
+        ({"folder": "/proc/x"}, "a folder can't be used .*'/proc/x'"),
     ],
 )
 def test_a_folder_must_be_there_and_be_writable(tmp_path, given, sentence):
