@@ -44,10 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     add(commands, "start", _start, "run the server until Ctrl-C")
     add(commands, "stop", _stop, "end the server with all its processes")
     add(commands, "check", _check, "ask the database, write an artifact, and name what fails")
-    backup = add(commands, "backup", _backup, "write database and artifacts to a new folder")
-    backup.add_argument("place", type=Path, metavar="DIR")
-    restore = add(commands, "restore", _restore, "fill an empty server from a backup")
-    restore.add_argument("place", type=Path, metavar="DIR")
+    add(commands, "backup", _backup, "write database and artifacts to a new folder").add_argument("place", type=Path)
+    add(commands, "restore", _restore, "fill an empty server from a backup").add_argument("place", type=Path)
     cleanup = add(commands, "cleanup", _cleanup, "remove for good what was deleted, children included")
     cleanup.add_argument("--older-than", default="30d", metavar="TIME", help="how long ago, such as 12h (default: 30d)")
     cleanup.add_argument("--dry-run", action="store_true", help="only say what would be removed")
@@ -72,11 +70,8 @@ def _stop(settings: ServerSettings, given: argparse.Namespace) -> None:
     print("stopped." if process.stop(settings) else f"no server runs in {settings.folder}.")
 
 
-# From here on each command imports what it needs: MLflow takes seconds to load.
-
-
 def _check(settings: ServerSettings, given: argparse.Namespace) -> int:
-    from server.readiness import examine
+    from server.readiness import examine  # late, as below: MLflow takes seconds to load
 
     findings = examine(settings)
     print(*findings, sep="\n")

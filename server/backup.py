@@ -18,8 +18,7 @@ import mlflow
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
-from server.database import check_database, connect, database, database_address, folders, postgres_tool, schema_version
-from server.process import read_state
+from server.database import check_database, connect, database, database_address, folders, postgres_tool
 from server.settings import ServerSettings
 
 MANIFEST = "manifest.json"
@@ -28,8 +27,7 @@ MANIFEST = "manifest.json"
 def back_up(settings: ServerSettings, target: Path) -> dict[str, Any]:
     """Write the database, the artifacts and, last, a manifest of their hashes to a new folder; return the manifest.
 
-    The server may run meanwhile. The database comes first: what it names was stored before, and is copied after.
-    Artifacts outside of a folder, such as on S3, are left out.
+    The database comes first: what it names was stored before, and is copied after. Artifacts on S3 are left out.
 
     Raises:
         DemoError: the target is not empty or can't be written, the database can't be read, or there is none.
@@ -47,7 +45,6 @@ def back_up(settings: ServerSettings, target: Path) -> dict[str, Any]:
             shutil.copytree(root, target / "artifacts", copy_function=_copy)
         manifest = {
             "mlflow": mlflow.__version__,
-            "schema": schema_version(),
             "database": dialect,
             "artifacts": "artifacts" if root else settings.artifact_root,
             "counts": counts,
@@ -61,17 +58,19 @@ def restore(settings: ServerSettings, source: Path) -> dict[str, Any]:
     """Verify a backup, then fill the empty database and artifact folder from it, whole or not at all.
 
     Raises:
-        DemoError: the backup is damaged or of another MLflow or database, a server runs in the folder, or the
-            database or the artifact folder is not empty.
+        DemoError: the backup is damaged or of another MLflow or database, or the database or the folder is not empty.
     """
     manifest, root = _verified(source), settings.artifact_folder
-    if read_state(settings) is not None:
-        raise DemoError(f"a server runs in {settings.folder}: end it with `python -m server stop` first.")
     copied = manifest["artifacts"] == "artifacts"
     if copied and root is None:
         raise DemoError(f"the backup has artifacts, and this server's are at {settings.artifact_root}: set a folder.")
+    if (made := manifest["mlflow"]) != mlflow.__version__:
+        raise DemoError(f"the backup is of MLflow {made}, this is {mlflow.__version__}: install that one.")
     with database(settings) as (address, _):
-        _refuse_database(settings, address, manifest)
+        if (ours := make_url(address).get_backend_name()) != manifest["database"]:
+            raise DemoError(f"the backup is of a {manifest['database']} database, and this server's is {ours}.")
+        if check_database(address, settings) or ((file := sqlite_file(address)) and file.exists()):
+            raise DemoError("the database of the server is not empty: restore into a new folder or database.")
         with _filled(root) if copied else nullcontext():
             if copied:
                 shutil.copytree(source / "artifacts", root, dirs_exist_ok=True)
@@ -81,11 +80,7 @@ def restore(settings: ServerSettings, source: Path) -> dict[str, Any]:
 
 @contextmanager
 def _filled(folder: Path) -> Iterator[None]:
-    """Make the folder, and remove it if the block that fills it fails.
-
-    Raises:
-        DemoError: it is not empty, or can't be written.
-    """
+    """Make the folder, and remove it if the block that fills it fails; a `DemoError` if it is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DemoError(f"{folder} is not empty: choose a new one.")
     try:
@@ -96,16 +91,6 @@ def _filled(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise DemoError(f"{folder} can't be filled ({error}): nothing was kept.") from None
         raise
-
-
-def _refuse_database(settings: ServerSettings, address: str, manifest: dict[str, Any]) -> None:
-    if (ours := make_url(address).get_backend_name()) != manifest["database"]:
-        raise DemoError(f"the backup is of a {manifest['database']} database, and this server's is {ours}.")
-    if manifest["schema"] != schema_version():
-        made = manifest["mlflow"]
-        raise DemoError(f"the backup is of MLflow {made}, this is {mlflow.__version__}: install that one.")
-    if check_database(address, settings) or ((file := sqlite_file(address)) and file.exists()):
-        raise DemoError("the database of the server is not empty: restore into a new folder or database.")
 
 
 def _verified(source: Path) -> dict[str, Any]:
@@ -150,12 +135,11 @@ def _load(address: str, file: Path) -> None:
 
 
 def _run_tool(name: str, options: list[str], address: str, script: str | None = None) -> None:
-    """Run a PostgreSQL client; the address goes by the environment, as it may have a password."""
+    """Run a PostgreSQL client, which gets the password by the environment."""
     url = make_url(address)
-    given = {"host": url.host, "port": url.port, "user": url.username, "password": url.password}
-    given |= {"database": url.database} | dict(url.query)
-    variables = os.environ | {f"PG{key.upper()}": str(value) for key, value in given.items() if value}
-    command = [postgres_tool(name), *options]
+    place = url._replace(drivername="postgresql", password=None).render_as_string()
+    command = [postgres_tool(name), f"--dbname={place}", *options]
+    variables = os.environ | {"PGPASSWORD": url.password or ""}
     done = subprocess.run(command, input=script, capture_output=True, encoding="utf-8", env=variables)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]

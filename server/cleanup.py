@@ -42,11 +42,7 @@ class Cleanup(NamedTuple):
 
 
 def clean_up(settings: ServerSettings, older_than: str, dry_run: bool = False) -> Cleanup:
-    """Remove what was deleted longer ago than `older_than`, such as 30d, while the server runs; return what that was.
-
-    Raises:
-        DemoError: no server answers, or it refuses the administrator, or `older_than` is no time.
-    """
+    """Remove what was deleted longer ago than `older_than`, such as 30d, while the server runs, and return its ids."""
     if not re.fullmatch(r"[0-9]{1,9}[smhd]", older_than):
         raise DemoError(f"--older-than {older_than!r} is no time: write a number and s, m, h or d, such as 30d.")
     limit = get_current_time_millis() - int(older_than[:-1]) * UNITS[older_than[-1]] * 1000
@@ -73,23 +69,18 @@ def _find(store: SqlAlchemyStore, limit: int) -> Cleanup:
     below = (SqlTag.key == MLFLOW_PARENT_RUN_ID) & (SqlTag.value == tree.c.run_uuid)
     tree = tree.union(select(SqlTag.run_uuid).where(below))  # and ends where the users' own tags go round in a circle
     dead = _deleted(SqlLoggedModel, SqlLoggedModel.last_updated_timestamp_ms, limit)
+    dead |= SqlLoggedModel.experiment_id.in_(old)
     queries = (
         select(SqlRun.run_uuid, SqlRun.experiment_id).where(SqlRun.run_uuid.in_(select(tree))),
-        select(SqlLoggedModel.model_id, SqlLoggedModel.experiment_id).where(
-            dead | SqlLoggedModel.experiment_id.in_(old)
-        ),
+        select(SqlLoggedModel.model_id, SqlLoggedModel.experiment_id).where(dead),
         select(SqlModelVersion).where(SqlModelVersion.current_stage != STAGE_DELETED_INTERNAL),
     )
     with store.engine.connect() as connection:
         experiments = set(connection.scalars(old))
         runs, models, versions = (connection.execute(query).all() for query in queries)
     homes = dict([*runs, *models])
-    needed = {  # a version's addresses have the id of what it is loaded from
-        each: f"version {version.version} of {version.name}"
-        for version in versions
-        for each in homes
-        if each in f"{version.source} {version.storage_location}"
-    }
+    loaded = {f"version {each.version} of {each.name}": f"{each.source} {each.storage_location}" for each in versions}
+    needed = {each: user for user, places in loaded.items() for each in homes if each in places}
     stay = experiments & {homes[each] for each in needed}
     gone = [sorted(each for each, home in rows if each not in needed and home not in stay) for rows in (runs, models)]
     kept = [f"kept {each}: {user} is made of it; delete that version first." for each, user in needed.items()]

@@ -17,7 +17,6 @@ from server.client import as_admin, call
 from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # no dot and no slash: they end the person's part of a name
-LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
 OTHERS = ("batch", "train", "tune")  # experiments that lessons and commands use besides the lessons' own
 SHARED = "shared"
 
@@ -33,8 +32,7 @@ def read_names(path: Path) -> list[str]:
         raise DemoError(f"{path} needs a first line with a column `name`, with commas, and a line for each person.")
     names = [(line["name"] or "").strip() for line in lines]
     if bad := [name for name in names if not NAME.fullmatch(name)]:
-        what = "use 1 to 32 letters a-z, digits, - and _, and begin with a letter or digit"
-        raise DemoError(f"{path}: the name {bad[0]!r} is not allowed: {what}.")
+        raise DemoError(f"{path}: the name {bad[0]!r} is not allowed: use 1 to 32 letters a-z, digits, - and _.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise DemoError(f"{path}: the name {twice[0]!r} is there twice: give each person a name of their own.")
     return names
@@ -53,7 +51,7 @@ def add(settings: ServerSettings, names: Sequence[str], hand_out: Callable[[dict
     for name in names:
         _refuse(settings, name, known, there)
     shared = {number: "READ" for name, number in there.items() if name.startswith(f"{SHARED}/")}
-    new = {name: make_password() for name in names if name not in known}
+    new = {name: secrets.token_hex(8) for name in names if name not in known}
     if new:
         hand_out(new)
     for name in names:
@@ -83,7 +81,7 @@ def participants(settings: ServerSettings) -> dict[str, dict[str, str]]:
 def reset(settings: ServerSettings, name: str) -> str:
     """Give the participant a new password and return it; the old one works for at most `process.CACHE_SECONDS` more."""
     _require(settings, name)
-    password = make_password()
+    password = secrets.token_hex(8)  # no two of its letters look alike on paper
     _ask(settings, "PATCH", "2.0/mlflow/users/update-password", username=name, password=password)
     return password
 
@@ -97,11 +95,6 @@ def remove(settings: ServerSettings, name: str) -> None:
 def area(name: str) -> list[str]:
     """Return the names of the person's experiments, which the lessons use for this login."""
     return [f"{name}/{each}" for each in [*(path.stem for path in lessons()), *OTHERS]]
-
-
-def make_password() -> str:
-    """Return a new password that can be read from paper: three groups of letters and digits."""
-    return "-".join("".join(secrets.choice(LETTERS) for _ in range(5)) for _ in range(3))
 
 
 def write_sheet(path: Path, passwords: dict[str, str]) -> None:

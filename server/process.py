@@ -75,10 +75,14 @@ def auth_config(address: str) -> str:
 def refuse(settings: ServerSettings) -> None:
     """Raise a `DemoError` for what would make the server unsafe or useless, before anything is started."""
     if settings.accounts:
-        _refuse_secrets(settings)
+        for name in ("admin_password", "secret_key"):
+            value = getattr(settings, name)
+            # MLflow takes no shorter ones, and clients encode other letters differently, so nobody could log in.
+            if value is None or not re.fullmatch(r"[!-~][ -~]{10,}[!-~]", value.get_secret_value()):
+                what = "must be 12 or more ASCII letters, digits and signs"
+                raise DemoError(f"{PREFIX}{name.upper()} {what}: set it in the environment or server/server.env.")
     elif settings.host not in HERE:
-        why = f"host {settings.host} lets other machines in, and the profile local has no accounts"
-        raise DemoError(f"{why}: use --profile workshop, or keep 127.0.0.1.")
+        raise DemoError(f"host {settings.host} lets others in without accounts: use --profile workshop or 127.0.0.1.")
     if read_state(settings) is not None:
         raise DemoError(f"a server already runs in {settings.folder}: use it, or end it with `python -m server stop`.")
     try:
@@ -87,15 +91,6 @@ def refuse(settings: ServerSettings) -> None:
         why = f"{settings.host}:{settings.port} can't be listened on ({error.strerror})"
         raise DemoError(f"{why}: choose another --port or --host.") from None
     make_folders(settings)
-
-
-def _refuse_secrets(settings: ServerSettings) -> None:
-    for name in ("admin_password", "secret_key"):
-        value = getattr(settings, name)
-        # MLflow takes no shorter ones, and clients encode other letters differently, so nobody could log in.
-        if value is None or not re.fullmatch(r"[!-~][ -~]{10,}[!-~]", value.get_secret_value()):
-            what = "must be 12 or more ASCII letters, digits and signs"
-            raise DemoError(f"{PREFIX}{name.upper()} {what}: set it in the environment or server/server.env.")
 
 
 @contextmanager

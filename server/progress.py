@@ -21,9 +21,6 @@ def progress(settings: ServerSettings) -> pd.DataFrame:
 
     A run counts for the person in whose area it is, if that person was granted to write there. What a run says of
     itself, such as the tag `mlflow.user`, is not looked at: anyone can set it.
-
-    Raises:
-        DemoError: the server does not answer, has no accounts or refuses the administrator.
     """
     people, there = participants(settings), experiments(settings)
     titles, owners = [path.stem for path in lessons()], {}

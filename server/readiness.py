@@ -52,7 +52,6 @@ def _queries(settings: ServerSettings) -> str:
 
 
 def _artifacts(settings: ServerSettings) -> str:
-    """Write, read and remove one artifact."""
     path, content = f"{ARTIFACTS}/check-{uuid.uuid4().hex}.txt", b"written by `python -m server check`"
     fix = f"the artifacts in {settings.artifact_root} can't be used: correct its place or its permissions"
     _ask(settings, 200, fix, "PUT", path, data=content)
@@ -74,12 +73,12 @@ def _disk(settings: ServerSettings) -> str:
 
 def _accounts(settings: ServerSettings) -> str:
     fix = "the server answers without a password: stop it, and look at its settings"
-    _ask(settings, 401, fix, "POST", SEARCH, json={"max_results": 1}, as_nobody=True)
+    _ask(settings, 401, fix, "POST", SEARCH, json={"max_results": 1}, nobody=True)
     return "nobody gets in without a password"
 
 
 def _ask(settings: ServerSettings, status: int, fix: str, method: str, path: str, **options: Any) -> requests.Response:
-    answer = call(settings, method, path, SECONDS, **options)
+    answer = call(settings, method, path, timeout=SECONDS, **options)
     if answer.status_code != status:
         raise DemoError(f"{fix} (answer {answer.status_code}).")
     return answer

@@ -20,10 +20,6 @@ PREFIX = "MLFLOW_DEMO_SERVER_"
 ENV_FILE = Path(__file__).with_name("server.env")
 
 
-def _server_data() -> Path:
-    return demo_settings().home / "server-data"
-
-
 def _known(address: SecretStr) -> SecretStr:
     """Look at the form of a database's address, and show nothing of it: a wrong one may have its password anywhere."""
     text = address.get_secret_value()
@@ -41,7 +37,8 @@ class Flags(BaseModel, frozen=True):
 
     profile: Literal["local", "workshop"] = Field("local", description="workshop: PostgreSQL, accounts, exact hosts")
     folder: AbsolutePath = Field(
-        default_factory=_server_data, description="folder of database, artifacts, log and state"
+        default_factory=lambda: demo_settings().home / "server-data",
+        description="folder of database, artifacts, log and state",
     )
     host: str = Field("127.0.0.1", description="network interface to listen on")
     port: int = Field(5080, ge=1, le=65535, description="port to listen on")
@@ -111,13 +108,7 @@ class _FromEnvironment(ServerSettings, BaseSettings):
 
 
 def read_settings(**flags: object) -> ServerSettings:
-    """Return the settings: flags win over the environment, which wins over the file.
-
-    The file is `server/server.env`, or what `MLFLOW_DEMO_SERVER_ENV_FILE` names.
-
-    Raises:
-        DemoError: a value is not allowed, or the file can't be read, or others can read it.
-    """
+    """Return the settings, flags before environment before file; a `DemoError` for a bad value or an unsafe file."""
     named = os.environ.get(f"{PREFIX}ENV_FILE")
     path = Path(named or ENV_FILE)
     if named and named != os.devnull and not path.is_file():

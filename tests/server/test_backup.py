@@ -108,14 +108,14 @@ def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path):
         if settings.accounts:
             with signed_in(settings.url, "ann", "ann has a password"):
                 assert MlflowClient().create_experiment("of ann")
-        with pytest.raises(DemoError, match="a server runs"):
+        with pytest.raises(DemoError, match="works in"):
             restore(settings, source)
     with pytest.raises(DemoError, match="is not empty"):
         restore(settings, source)
     shutil.rmtree(settings.folder / "artifacts")
     with pytest.raises(DemoError, match=r"database .* is not empty"):
         restore(settings, source)
-    assert not (settings.folder / "artifacts").exists()
+    assert not list((settings.folder / "artifacts").iterdir())
 
 
 def test_the_backup_is_its_owners_only(backup):
@@ -142,12 +142,12 @@ def test_artifacts_elsewhere_are_left_to_their_providers_tool(home, tmp_path, ca
 
 def test_the_password_goes_to_the_tools_by_the_environment(tmp_path, monkeypatch):
     tool = tmp_path / "tool"
-    tool.write_text('#!/bin/sh\necho "$PGPASSWORD at $PGHOST:$PGPORT/$PGDATABASE" >&2; echo "$@" >"$0.args"; exit 1')
+    tool.write_text('#!/bin/sh\necho "$PGPASSWORD" >&2; echo "$@" >"$0.args"; exit 1')
     tool.chmod(0o700)
     monkeypatch.setattr("server.backup.postgres_tool", lambda name: str(tool))
-    with pytest.raises(DemoError, match=r"hidden% at db\.example:5433/mlflow"):
+    with pytest.raises(DemoError, match="hidden%"):
         _run_tool("pg_dump", ["--file=x"], "postgresql://ann:hidden%25@db.example:5433/mlflow")
-    assert (tmp_path / "tool.args").read_text() == "--file=x\n"
+    assert (tmp_path / "tool.args").read_text() == "--dbname=postgresql://ann@db.example:5433/mlflow --file=x\n"
 
 
 def test_nothing_is_not_backed_up(tmp_path):
@@ -193,9 +193,9 @@ def lose_manifest(folder):
     (folder / "manifest.json").unlink()
 
 
-def change_schema(folder):
+def change_version(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"schema": "0", "mlflow": "2.0"}))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"mlflow": "2.0"}))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def change_schema(folder):
         (lose_file, r"damaged at artifacts/.*text.txt"),
         (add_file, r"damaged at artifacts/more"),
         (lose_manifest, r"no readable manifest.json"),
-        (change_schema, r"is of MLflow 2.0"),
+        (change_version, r"is of MLflow 2.0"),
     ],
 )
 def test_a_bad_backup_changes_nothing(backup, tmp_path, damage, sentence):

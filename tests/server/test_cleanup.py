@@ -142,5 +142,5 @@ def test_a_time_that_is_none_is_refused(local, text):
 def test_no_server_and_a_wrong_password_are_refused(workshop, tmp_path):
     with pytest.raises(DemoError, match="no server runs"):
         clean_up(ServerSettings(folder=tmp_path, port=free_port()), "1d")
-    with pytest.raises(DemoError, match="refuses the administrator's password"):
+    with pytest.raises(DemoError, match="administrator's password is refused"):
         clean_up(workshop.settings.model_copy(update=make_secrets()), "1d")

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_a_workshop_needs_good_secrets(tmp_path, name, text):
 
 
 def test_others_are_not_let_in_without_accounts(tmp_path):
-    with pytest.raises(DemoError, match="lets other machines in"):
+    with pytest.raises(DemoError, match="lets others in without accounts"):
         refuse(settings(tmp_path, host="0.0.0.0"))
     refuse(settings(tmp_path, host="0.0.0.0", profile="workshop", **make_secrets()))
 
@@ -68,7 +69,7 @@ def test_a_second_server_in_the_folder_is_refused(local):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"artifacts": "{folder}/none"}, "the folder .*/none does not exist"),
+        ({"artifacts": "{folder}/none"}, "/none does not exist"),
         ({"artifacts": "/proc/sys"}, "a folder can't be used .*'/proc/sys/"),
         ({"folder": "/proc/x"}, "a folder can't be used .*'/proc/x'"),
     ],
@@ -84,14 +85,15 @@ def test_a_folder_must_be_there_and_be_writable(tmp_path, given, sentence):
 
 def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
     with (
-        pytest.raises(DemoError, match="which has a space or quote: choose another --folder"),
-        database(settings(tmp_path / "with space", profile="workshop", **make_secrets())),
+        tempfile.TemporaryDirectory(prefix="with space ") as short,  # a long path is none of its sockets'
+        pytest.raises(DemoError, match="its path may have no space"),
+        database(settings(Path(short), profile="workshop", **make_secrets())),
     ):
         raise AssertionError("it runs")
     (tmp_path / "half" / "postgres").mkdir(parents=True)
     (tmp_path / "half" / "postgres" / "postmaster.pid").write_text("-1")
     with (
-        pytest.raises(DemoError, match=r"can't be started in .*after a first start that was cut off, delete"),
+        pytest.raises(DemoError, match=r"can't be started in .*delete the folder if its first start was cut off"),
         database(settings(tmp_path / "half", profile="workshop", **make_secrets())),
     ):
         raise AssertionError("it runs")
@@ -101,7 +103,7 @@ def test_two_starts_at_once_do_not_meet(tmp_path):
     given = settings(tmp_path)
     with (
         database(given),
-        pytest.raises(DemoError, match="another `python -m server` is at work in"),
+        pytest.raises(DemoError, match="another `python -m server` works in"),
         database(given),
     ):
         raise AssertionError("both start")
