@@ -16,9 +16,9 @@ from server.settings import Flags, ServerSettings, read_settings
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 not in order, 2 bad input, 130 interrupted."""
-    given = _parser().parse_args(arguments)
-    flags = {name: value for name, value in vars(given).items() if name in Flags.model_fields}
     try:
+        given = _parser().parse_args(arguments)
+        flags = {name: value for name, value in vars(given).items() if name in Flags.model_fields}
         return given.do(read_settings(**flags), given) or 0
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m server", description="The tracking server for a team.")
     flags = argparse.ArgumentParser(add_help=False)
     for name, field in Flags.model_fields.items():  # the settings check their values
-        flags.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=field.description)
+        default = str(field.get_default(call_default_factory=True)).replace("%", "%%")
+        about = f"{field.description} (default: {default})" if default else field.description
+        flags.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about)
 
     def add(to: argparse._SubParsersAction, name: str, do: Callable, text: str) -> argparse.ArgumentParser:
         command = to.add_parser(name, help=text, description=text, parents=[flags], allow_abbrev=False)
@@ -107,7 +109,7 @@ def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
     if given.action == "add":
         names = participants.read_names(given.file)
         new = participants.add(settings, names, partial(participants.write_sheet, given.sheet))
-        print(f"{len(new)} new, {len(names) - len(new)} already there; passwords: {given.sheet}")
+        print(f"{len(new)} new, {len(names) - len(new)} already there.")
     elif given.action == "list":
         print(*participants.participants(settings), sep="\n")
     elif given.action == "reset":

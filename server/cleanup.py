@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 from demo_lib.config import DemoError
 
 import requests
-from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.time import get_current_time_millis
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -66,7 +64,7 @@ def _find(store: SqlAlchemyStore, limit: int) -> Cleanup:
     old = select(SqlExperiment.experiment_id).where(_deleted(SqlExperiment, SqlExperiment.last_update_time, limit))
     dead = _deleted(SqlRun, SqlRun.deleted_time, limit) | SqlRun.experiment_id.in_(old)
     tree = select(SqlRun.run_uuid).where(dead).cte(recursive=True)
-    below = (SqlTag.key == MLFLOW_PARENT_RUN_ID) & (SqlTag.value == tree.c.run_uuid)
+    below = (SqlTag.key == "mlflow.parentRunId") & (SqlTag.value == tree.c.run_uuid)
     tree = tree.union(select(SqlTag.run_uuid).where(below))  # and ends where the users' own tags go round in a circle
     dead = _deleted(SqlLoggedModel, SqlLoggedModel.last_updated_timestamp_ms, limit)
     dead |= SqlLoggedModel.experiment_id.in_(old)
@@ -88,7 +86,7 @@ def _find(store: SqlAlchemyStore, limit: int) -> Cleanup:
 
 
 def _deleted(table: Any, time: Any, limit: int) -> ColumnElement:
-    return (table.lifecycle_stage == LifecycleStage.DELETED) & (time <= limit)
+    return (table.lifecycle_stage == "deleted") & (time <= limit)
 
 
 def _remove(store: SqlAlchemyStore, found: Cleanup) -> None:
