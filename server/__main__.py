@@ -4,28 +4,63 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from demo_lib.config import DemoError
 
-from pydantic_settings import CliSettingsSource
-
 from server import process
-from server.settings import Flags, FlagSettings, ServerSettings, read_settings
+from server.settings import Flags, ServerSettings, read_settings
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 not in order, 2 bad input, 130 interrupted."""
-    given = _parser().parse_args(arguments)
     try:
+        given = _parser().parse_args(arguments)
         flags = {name: value for name, value in vars(given).items() if name in Flags.model_fields}
-        return given.do(read_settings(**given.flags(parsed_args=flags)()), given) or 0
+        return given.do(read_settings(**flags), given) or 0
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the command line; each command's `do` takes settings and arguments, and returns an exit code or None."""
+    parser = argparse.ArgumentParser(prog="python -m server", description="The tracking server for a team.")
+    flags = argparse.ArgumentParser(add_help=False)
+    for name, field in Flags.model_fields.items():  # the settings check their values
+        default = str(field.get_default(call_default_factory=True)).replace("%", "%%")
+        about = f"{field.description} (default: {default})" if default else field.description
+        flags.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about)
+
+    def add(to: argparse._SubParsersAction, name: str, do: Callable, text: str) -> argparse.ArgumentParser:
+        command = to.add_parser(name, help=text, description=text, parents=[flags], allow_abbrev=False)
+        command.set_defaults(do=do)
+        return command
+
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add(commands, "start", _start, "run the server until Ctrl-C")
+    add(commands, "stop", _stop, "end the server with all its processes")
+    add(commands, "check", _check, "ask the database, write an artifact, and name what fails")
+    add(commands, "backup", _backup, "write database and artifacts to a new folder").add_argument("place", type=Path)
+    add(commands, "restore", _restore, "fill an empty server from a backup").add_argument("place", type=Path)
+    cleanup = add(commands, "cleanup", _cleanup, "remove for good what was deleted, children included")
+    cleanup.add_argument("--older-than", default="30d", metavar="TIME", help="how long ago, such as 12h (default: 30d)")
+    cleanup.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    people = commands.add_parser("participants", help="accounts, and experiments for each person")
+    actions = people.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = add(actions, "add", _participants, "give each person in a CSV file an account, and what is missing")
+    new.add_argument("file", type=Path, help="CSV file with a column `name`")
+    new.add_argument("--sheet", type=Path, required=True, help="CSV file for the passwords; what is in it stays")
+    add(actions, "list", _participants, "show the participants")
+    add(actions, "reset", _participants, "give a participant a new password and print it").add_argument("name")
+    add(actions, "remove", _participants, "delete a participant's account and keep the runs").add_argument("name")
+    add(commands, "progress", _progress, "show who has finished runs of which lessons")
+    return parser
 
 
 def _start(settings: ServerSettings, given: argparse.Namespace) -> None:
@@ -38,7 +73,7 @@ def _stop(settings: ServerSettings, given: argparse.Namespace) -> None:
 
 
 def _check(settings: ServerSettings, given: argparse.Namespace) -> int:
-    from server.readiness import examine
+    from server.readiness import examine  # late, as below: MLflow takes seconds to load
 
     findings = examine(settings)
     print(*findings, sep="\n")
@@ -46,43 +81,37 @@ def _check(settings: ServerSettings, given: argparse.Namespace) -> int:
 
 
 def _backup(settings: ServerSettings, given: argparse.Namespace) -> None:
-    from server import backup
+    from server.backup import back_up
 
-    act = backup.back_up if given.command == "backup" else backup.restore
-    manifest = act(settings, given.place.absolute())
-    counts, files = manifest["counts"], len(manifest["files"]) - 1
-    what = f"{counts['runs']} runs, {counts['metrics']} metrics and {files} artifact files"
-    if given.command == "restore":
-        return print(f"restored {what} from {given.place}.")
-    print(f"backed up {what} to {given.place}.")
+    manifest = back_up(settings, given.place.absolute())
+    print(f"backed up {manifest['counts']['runs']} runs to {given.place}.")
     if "://" in manifest["artifacts"]:
         print(f"Not in it: artifacts at {manifest['artifacts']}; copy them by their provider's tool, as `aws s3 sync`.")
+
+
+def _restore(settings: ServerSettings, given: argparse.Namespace) -> None:
+    from server.backup import restore
+
+    print(f"restored {restore(settings, given.place)['counts']['runs']} runs from {given.place}.")
 
 
 def _cleanup(settings: ServerSettings, given: argparse.Namespace) -> None:
     from server.cleanup import clean_up
 
     found = clean_up(settings, given.older_than, given.dry_run)
-    print(*found.kept, f"{'would remove' if given.dry_run else 'removed'} {found}", sep="\n")
+    what = f"{len(found.runs)} runs, {len(found.models)} models and {len(found.experiments)} experiments."
+    print(*found.kept, f"{'would remove' if given.dry_run else 'removed'} {what}", sep="\n")
 
 
 def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
     from server import participants
 
-    def hand_out(passwords: dict[str, str]) -> None:
-        if given.sheet:
-            participants.write_sheet(given.sheet, passwords)
-        else:
-            print("name,password", *(f"{name},{password}" for name, password in passwords.items()), sep="\n")
-
     if given.action == "add":
         names = participants.read_names(given.file)
-        new = participants.add(settings, names, hand_out, given.shared)
-        where = f"; passwords: {given.sheet}" if new and given.sheet else ""
-        print(f"{len(new)} new, {len(names) - len(new)} already there{where}.")
+        new = participants.add(settings, names, partial(participants.write_sheet, given.sheet))
+        print(f"{len(new)} new, {len(names) - len(new)} already there.")
     elif given.action == "list":
-        people = participants.table(settings)
-        print("no participants yet." if people.empty else people.reset_index().to_string(index=False))
+        print(*participants.participants(settings), sep="\n")
     elif given.action == "reset":
         print(participants.reset(settings, given.name))
         print(f"the old password may work for up to {process.CACHE_SECONDS} s more.", file=sys.stderr)
@@ -98,56 +127,6 @@ def _progress(settings: ServerSettings, given: argparse.Namespace) -> None:
     table = progress(settings).rename(columns=lambda name: name[:2] if name[:2].isdigit() else name)
     times = table.pop("last_activity").dt.strftime("%Y-%m-%d %H:%M")
     print(table.assign(**{"last activity (UTC)": times.fillna("-")}).reset_index().to_string(index=False))
-
-
-FOLDER = ("place", {"type": Path, "metavar": "DIR"})
-NAME = ("name", {"help": "the participant"})
-PARTICIPANTS = {
-    "add": (
-        "give each person in a CSV file an account, and what is missing",
-        _participants,
-        ("file", {"type": Path, "help": "CSV file with a column `name`"}),
-        ("--sheet", {"type": Path, "help": "CSV file for the passwords (default: they are printed once)"}),
-        ("--shared", {"action": "append", "default": [], "help": "experiment to read (default: those in shared/)"}),
-    ),
-    "list": ("show the participants", _participants),
-    "reset": ("give a participant a new password and print it", _participants, NAME),
-    "remove": ("delete a participant's account and keep the runs", _participants, NAME),
-}
-COMMANDS = {
-    "start": ("run the server until Ctrl-C", _start),
-    "stop": ("end the server with all its processes", _stop),
-    "check": ("ask the database, write an artifact, and name what fails", _check),
-    "backup": ("write database and artifacts to a new folder", _backup, FOLDER),
-    "restore": ("fill an empty server from a backup", _backup, FOLDER),
-    "cleanup": (
-        "remove for good what was deleted, children included",
-        _cleanup,
-        ("--older-than", {"default": "30d", "metavar": "TIME", "help": "how long ago, such as 12h (default: 30d)"}),
-        ("--dry-run", {"action": "store_true", "help": "only say what would be removed"}),
-    ),
-    "participants": ("accounts, and experiments for each person", PARTICIPANTS),
-    "progress": ("show who has finished runs of which lessons", _progress),
-}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m server", description="The tracking server for a team.")
-    _fill(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), COMMANDS)
-    return parser
-
-
-def _fill(commands: argparse._SubParsersAction, table: dict[str, tuple]) -> None:
-    """Add commands: for each name its help, what it does or the table of its own commands, and its arguments."""
-    for name, (text, do, *arguments) in table.items():
-        parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if isinstance(do, dict):
-            _fill(parser.add_subparsers(dest="action", required=True, metavar="ACTION"), do)
-            continue
-        source = CliSettingsSource(FlagSettings, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True)
-        for argument, options in arguments:
-            parser.add_argument(argument, **options)
-        parser.set_defaults(do=do, flags=source)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from demo_lib.config import DemoError
 
@@ -15,15 +16,16 @@ import requests
 from server.settings import PREFIX, ServerSettings
 
 
-def call(
-    settings: ServerSettings, method: str, path: str, timeout: float = 20, as_nobody: bool = False, **options: object
-) -> requests.Response:
-    """Send one request, at once, as the administrator or without a login; a `DemoError` if nobody answers."""
-    options |= {"auth": None if as_nobody else _login(settings), "timeout": timeout, "allow_redirects": False}
+def call(settings: ServerSettings, method: str, path: str, nobody: bool = False, **options: Any) -> requests.Response:
+    """Send one request, at once, as the administrator or as nobody; a `DemoError` if no server answers, or refuses."""
+    options = {"auth": None if nobody else _login(settings), "timeout": 20, "allow_redirects": False} | options
     try:
-        return requests.request(method, settings.url + path, **options)
+        answer = requests.request(method, settings.url + path, **options)
     except requests.RequestException:
         raise DemoError(f"no server answers at {settings.url}: start it with `python -m server start`.") from None
+    if answer.status_code == 401 and not nobody:
+        raise DemoError(f"the administrator's password is refused: set {PREFIX}ADMIN_PASSWORD as for the first start.")
+    return answer
 
 
 @contextmanager
@@ -44,10 +46,10 @@ def signed_in(url: str, name: str, password: str) -> Iterator[None]:
 
 
 @contextmanager
-def as_admin(settings: ServerSettings) -> Iterator[str]:
+def as_admin(settings: ServerSettings) -> Iterator[None]:
     """Point MLflow's clients in this process at the server, as its administrator, until the block ends."""
     with signed_in(settings.url, *(_login(settings) or ("", ""))):
-        yield settings.url
+        yield
 
 
 def account_client(url: str) -> mlflow.server.auth.client.AuthServiceClient:

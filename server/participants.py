@@ -7,39 +7,18 @@ import io
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from demo_lib.config import DemoError, lessons, whole_file
 
-import pandas as pd
+import mlflow
 
-from server.client import call
-from server.settings import PREFIX, ServerSettings
+from server.client import as_admin, call
+from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # no dot and no slash: they end the person's part of a name
-LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
 OTHERS = ("batch", "train", "tune")  # experiments that lessons and commands use besides the lessons' own
-SHARED = "shared/"
-
-
-@dataclass(frozen=True)
-class Account:
-    """An account and what it was granted: permissions by the experiment's id."""
-
-    name: str
-    admin: bool
-    experiments: dict[str, str]
-
-    @property
-    def manages(self) -> set[str]:
-        """The ids of the experiments that are its own."""
-        return {number for number, permission in self.experiments.items() if permission == "MANAGE"}
-
-    @property
-    def writes(self) -> set[str]:
-        """The ids of the experiments that it can write."""
-        return self.manages | {number for number, permission in self.experiments.items() if permission == "EDIT"}
+SHARED = "shared"
 
 
 def read_names(path: Path) -> list[str]:
@@ -53,77 +32,56 @@ def read_names(path: Path) -> list[str]:
         raise DemoError(f"{path} needs a first line with a column `name`, with commas, and a line for each person.")
     names = [(line["name"] or "").strip() for line in lines]
     if bad := [name for name in names if not NAME.fullmatch(name)]:
-        what = "use 1 to 32 letters a-z, digits, - and _, and begin with a letter or digit"
-        raise DemoError(f"{path}: the name {bad[0]!r} is not allowed: {what}.")
-    folded = [name.casefold() for name in names]
-    if twice := [name for name in names if folded.count(name.casefold()) > 1]:
+        raise DemoError(f"{path}: the name {bad[0]!r} is not allowed: use 1 to 32 letters a-z, digits, - and _.")
+    if twice := [name for name in names if names.count(name) > 1]:
         raise DemoError(f"{path}: the name {twice[0]!r} is there twice: give each person a name of their own.")
     return names
 
 
-def add(
-    settings: ServerSettings,
-    names: Sequence[str],
-    hand_out: Callable[[dict[str, str]], None],
-    shared: Sequence[str] = (),
-) -> list[str]:
+def add(settings: ServerSettings, names: Sequence[str], hand_out: Callable[[dict[str, str]], None]) -> list[str]:
     """Give each person what is missing: an account, experiments with EDIT, READ on the shared ones; return the new.
 
     `hand_out` gets the passwords of new people by name, before the first account is made: none can be lost. What is
     there stays as it is, so the same call completes what a failure cut off.
 
     Raises:
-        DemoError: a name is an administrator's or differs from another only in case, an experiment is not there or
-            belongs to somebody else, or the server refuses or ends.
+        DemoError: a name is taken, an experiment belongs to somebody else, or the server refuses or ends.
     """
-    known, there = accounts(settings), all_experiments(settings)
-    people = [account for account in known.values() if not account.admin]
+    known, there = participants(settings), experiments(settings)
     for name in names:
         _refuse(settings, name, known, there)
-    readable = _shared(shared, people, there)
-    new = {name: make_password() for name in names if name not in known}
+    shared = {number: "READ" for name, number in there.items() if name.startswith(f"{SHARED}/")}
+    new = {name: secrets.token_hex(8) for name in names if name not in known}
     if new:
         hand_out(new)
     for name in names:
         if name in new:
             _ask(settings, "POST", "2.0/mlflow/users/create", username=name, password=new[name])
-        granted = known[name].experiments if name in known else {}
-        own = {_experiment(settings, there, each): "EDIT" for each in area(name)}
-        for number, permission in (dict.fromkeys(readable, "READ") | own).items():
-            if number not in granted:
+        for each in area(name):
+            if each not in there:
+                there[each] = _ask(settings, "POST", "2.0/mlflow/experiments/create", name=each)["experiment_id"]
+        for number, permission in (shared | {there[each]: "EDIT" for each in area(name)}).items():
+            if number not in known.get(name, {}):
                 what = {"resource_type": "experiment", "resource_id": number, "permission": permission}
                 _ask(settings, "POST", "3.0/mlflow/users/permissions/grant", username=name, **what)
     return list(new)
 
 
-def accounts(settings: ServerSettings) -> dict[str, Account]:
-    """Return all accounts by name, the administrator's too."""
+def participants(settings: ServerSettings) -> dict[str, dict[str, str]]:
+    """Return each participant's permissions, by name and then by the experiment's id."""
     found = {}
     for user in _ask(settings, "GET", "2.0/mlflow/users/list")["users"]:
-        grants = [each for role in user["roles"] for each in role["permissions"]]
-        grants = [each for each in grants if each["resource_type"] == "experiment"]
-        granted = {each["resource_pattern"]: each["permission"] for each in grants}
-        found[user["username"]] = Account(user["username"], user["is_admin"], granted)
-    return found
-
-
-def participants(settings: ServerSettings) -> list[Account]:
-    """Return the accounts without the administrators', sorted by name."""
-    return sorted((each for each in accounts(settings).values() if not each.admin), key=lambda each: each.name)
-
-
-def table(settings: ServerSettings) -> pd.DataFrame:
-    """Return for each participant the number of experiments they can write and of those they can only read."""
-    people = participants(settings)
-    own = [len(each.writes) for each in people]
-    shared = [len(each.experiments) - len(each.writes) for each in people]
-    return pd.DataFrame({"own": own, "shared": shared}, pd.Index([each.name for each in people], name="name"))
+        if not user["is_admin"]:
+            grants = [each for role in user["roles"] for each in role["permissions"]]
+            grants = [each for each in grants if each["resource_type"] == "experiment"]
+            found[user["username"]] = {each["resource_pattern"]: each["permission"] for each in grants}
+    return dict(sorted(found.items()))
 
 
 def reset(settings: ServerSettings, name: str) -> str:
     """Give the participant a new password and return it; the old one works for at most `process.CACHE_SECONDS` more."""
     _require(settings, name)
-    password = make_password()
+    password = secrets.token_hex(8)  # no two of its letters look alike on paper
     _ask(settings, "PATCH", "2.0/mlflow/users/update-password", username=name, password=password)
     return password
 
@@ -139,11 +97,6 @@ def area(name: str) -> list[str]:
     return [f"{name}/{each}" for each in [*(path.stem for path in lessons()), *OTHERS]]
 
 
-def make_password() -> str:
-    """Return a new password that can be read from paper: three groups of letters and digits."""
-    return "-".join("".join(secrets.choice(LETTERS) for _ in range(5)) for _ in range(3))
-
-
 def write_sheet(path: Path, passwords: dict[str, str]) -> None:
     """Write the passwords to the CSV file, which only its owner can read; other people's lines in it stay."""
     try:
@@ -157,54 +110,24 @@ def write_sheet(path: Path, passwords: dict[str, str]) -> None:
         raise DemoError(f"the sheet {path} can't be written ({error}): choose another --sheet.") from None
 
 
-def all_experiments(settings: ServerSettings) -> dict[str, dict]:
-    """Return all experiments by name, deleted ones too, page by page."""
-    query, found = {"max_results": 1000, "view_type": "ALL"}, {}
-    while True:
-        page = _ask(settings, "POST", "2.0/mlflow/experiments/search", **query)
-        found |= {each["name"]: each for each in page.get("experiments", [])}
-        if not (token := page.get("next_page_token")):
-            return found
-        query["page_token"] = token
+def experiments(settings: ServerSettings) -> dict[str, str]:
+    """Return the id of every experiment by its name."""
+    with as_admin(settings):
+        return {each.name: each.experiment_id for each in mlflow.search_experiments()}
 
 
-def _refuse(settings: ServerSettings, name: str, known: dict[str, Account], there: dict[str, dict]) -> None:
+def _refuse(settings: ServerSettings, name: str, known: dict[str, dict], there: dict[str, str]) -> None:
     """Look for all that could stop `add` half-way."""
-    same = name if name in known else next((each for each in known if each.casefold() == name.casefold()), name)
-    if name == settings.admin_name or (same in known and known[same].admin) or f"{name}/" == SHARED:
+    if name in (settings.admin_name, SHARED):
         raise DemoError(f"the name {name!r} is taken: choose another.")
-    if same != name:
-        raise DemoError(f"the names {name!r} and {same!r}, who has an account, differ only in case: change one.")
-    ids = {there[each]["experiment_id"]: each for each in area(name) if each in there}
-    for other in known.values():
-        if not other.admin and other.name != name and (taken := other.manages & ids.keys()):
-            raise DemoError(f"the experiment {ids[min(taken)]!r} belongs to {other.name!r}: rename it.")
-
-
-def _shared(shared: Sequence[str], people: Sequence[Account], there: dict[str, dict]) -> list[str]:
-    """Return the ids of the experiments to read: those named, or those under `shared/` that no participant writes."""
-    active = {name: each["experiment_id"] for name, each in there.items() if each["lifecycle_stage"] == "active"}
-    if missing := [name for name in shared if name not in active]:
-        raise DemoError(f"the server has no experiment {missing[0]!r} to share: make it first.")
-    written = set().union(*(each.writes for each in people))
-    found = [number for name, number in active.items() if name.startswith(SHARED) and number not in written]
-    return [active[name] for name in shared] or found
-
-
-def _experiment(settings: ServerSettings, there: dict[str, dict], name: str) -> str:
-    """Return the experiment's id; make it if it is missing, and bring it back if it was deleted."""
-    if name not in there:
-        return _ask(settings, "POST", "2.0/mlflow/experiments/create", name=name)["experiment_id"]
-    number = there[name]["experiment_id"]
-    if there[name]["lifecycle_stage"] != "active":
-        _ask(settings, "POST", "2.0/mlflow/experiments/restore", experiment_id=number)
-    return number
+    for each in area(name):
+        if owner := [other for other in known if other != name and known[other].get(there.get(each)) == "MANAGE"]:
+            raise DemoError(f"the experiment {each!r} belongs to {owner[0]!r}: rename it.")
 
 
 def _require(settings: ServerSettings, name: str) -> None:
     """Raise a `DemoError` if there is no such participant."""
-    names = [each.name for each in participants(settings)]
-    if name not in names:
+    if name not in (names := participants(settings)):
         raise DemoError(f"there is no participant {name!r}; there are: {', '.join(names) or 'none'}.")
 
 
@@ -213,9 +136,6 @@ def _ask(settings: ServerSettings, method: str, route: str, **body: object) -> d
     if not settings.accounts:
         raise DemoError("the profile local has no accounts: use --profile workshop, as for `start`.")
     answer = call(settings, method, f"/api/{route}", json=body)
-    if answer.status_code == 401:
-        fix = f"set {PREFIX}ADMIN_PASSWORD as for the first `start`"
-        raise DemoError(f"{settings.url} refuses the administrator's password: {fix}.")
     if not answer.ok:
         raise DemoError(f"{settings.url} refuses {route} ({answer.status_code}: {answer.text[:200]}): fix that.")
     return answer.json() if answer.content else {}

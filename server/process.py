@@ -10,34 +10,36 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from demo_lib.config import DemoError, whole_file
 from demo_lib.ops.guard import alive, await_end, end_group, group
-from demo_lib.ops.processes import port_user, wait_for_health
+from demo_lib.ops.processes import wait_for_health
 
 import psutil
 
-from server.database import database, make_folder, own_postgres, stop_postgres
-from server.settings import HERE, PREFIX, ServerSettings
+from server.database import database, make_folders, own_postgres, stop_postgres
+from server.settings import PREFIX, ServerSettings
 
+HERE = ("127.0.0.1", "localhost")
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
-SHORTEST_PASSWORD = 12  # MLflow's own limit, for every account
 CACHE_SECONDS = 60  # for which a worker remembers that a password was right: checking it takes most of a request
 # Its default of 5 s ends workers that are only busy, and breaks off the answers that they were sending.
 UVICORN = "--log-level=warning --timeout-worker-healthcheck=60"
-LOOPBACK = (*HERE, "::1")
 LOG, STATE, AUTH = "server.log", "server.json", "auth.ini"  # in the server's folder
 ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def command(settings: ServerSettings) -> list[str]:
     """Return the arguments of `mlflow`; what is secret goes by the environment, which other users can't see."""
+    here = [f"{name}:{settings.port}" for name in HERE]
+    proxied = [name.strip() for name in settings.hosts.split(",") if name.strip()]
+    hosts = [*HERE, *here, *proxied]  # exact ones: MLflow's default 10.* would also match 10.evil.example
+    origins = [f"http://{each}" for each in here] + [f"https://{each}" for each in proxied]
     arguments = ["server", "--host", settings.host, "--port", str(settings.port)]
     arguments += ["--workers", str(settings.worker_count), "--artifacts-destination", settings.artifact_root]
-    arguments += ["--allowed-hosts", settings.allowed_hosts, "--cors-allowed-origins", settings.allowed_origins]
+    arguments += ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
     arguments += ["--x-frame-options", settings.x_frame_options, "--uvicorn-opts", UVICORN]
     return [*arguments, "--app-name", "basic-auth"] if settings.accounts else arguments
 
@@ -73,59 +75,22 @@ def auth_config(address: str) -> str:
 def refuse(settings: ServerSettings) -> None:
     """Raise a `DemoError` for what would make the server unsafe or useless, before anything is started."""
     if settings.accounts:
-        _refuse_accounts(settings)
-    elif settings.host not in LOOPBACK:
-        why = f"host {settings.host} lets other machines in, and the profile local has no accounts"
-        raise DemoError(f"{why}: use --profile workshop, or keep 127.0.0.1.")
-    if (running := read_state(settings)) is not None:
-        raise DemoError(f"the server already runs at {running['url']}: use it, or end it with `python -m server stop`.")
-    _refuse_port(settings)
-    make_folder(settings)
-    if settings.artifact_folder:
-        _refuse_artifacts(settings)
-    elif not settings.artifacts.startswith("s3://"):
-        raise DemoError(f"artifacts can't be at {settings.artifacts}: name a folder or an s3:// address.")
-
-
-def _refuse_accounts(settings: ServerSettings) -> None:
-    for name in ("admin_password", "secret_key"):
-        value, variable = getattr(settings, name), f"{PREFIX}{name.upper()}"
-        if value is None:
-            raise DemoError(f"{variable} is not set: put one of your own into the environment or server/server.env.")
-        if len(text := value.get_secret_value()) < SHORTEST_PASSWORD:
-            raise DemoError(f"{variable} is too short: it needs {SHORTEST_PASSWORD} characters or more.")
-        # Clients encode other letters differently, so nobody could log in.
-        if not (text.isascii() and text.isprintable() and text == text.strip()):
-            raise DemoError(f"{variable} may have only ASCII letters, digits and signs, and no space at its ends.")
-    if not re.fullmatch(r"[\w.@-]+", settings.admin_name, re.ASCII):
-        raise DemoError(f"the admin name {settings.admin_name!r} is not allowed: use letters, digits and . @ - _")
-
-
-def _refuse_port(settings: ServerSettings) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
-        if os.name == "posix":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: past connections are fine
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            used = port_user(settings.port) if settings.host in LOOPBACK else "other"
-            who = {"mlflow": "an MLflow server listens there", "other": "another program listens there"}.get(used)
-            why = f"{settings.host}:{settings.port} can't be listened on ({who or error.strerror})"
-            raise DemoError(f"{why}: choose another --port or --host.") from None
-
-
-def _refuse_artifacts(settings: ServerSettings) -> None:
-    """A folder that was named must be there: mistyped, or on a disk that is not mounted, it would fill another disk."""
-    root = settings.artifact_folder
+        for name in ("admin_password", "secret_key"):
+            value = getattr(settings, name)
+            # MLflow takes no shorter ones, and clients encode other letters differently, so nobody could log in.
+            if value is None or not re.fullmatch(r"[!-~][ -~]{10,}[!-~]", value.get_secret_value()):
+                what = "must be 12 or more ASCII letters, digits and signs"
+                raise DemoError(f"{PREFIX}{name.upper()} {what}: set it in the environment or server/server.env.")
+    elif settings.host not in HERE:
+        raise DemoError(f"host {settings.host} lets others in without accounts: use --profile workshop or 127.0.0.1.")
+    if read_state(settings) is not None:
+        raise DemoError(f"a server already runs in {settings.folder}: use it, or end it with `python -m server stop`.")
     try:
-        if not settings.artifacts:
-            root.mkdir(parents=True, exist_ok=True)
-        if not root.is_dir():
-            raise DemoError(f"the artifact folder {root} does not exist: make it, or correct --artifacts.")
-        tempfile.TemporaryFile(dir=root).close()
+        socket.create_server((settings.host, settings.port)).close()
     except OSError as error:
-        why = f"the artifact folder {root} can't be written ({error.strerror})"
-        raise DemoError(f"{why}: change its owner, or choose another.") from None
+        why = f"{settings.host}:{settings.port} can't be listened on ({error.strerror})"
+        raise DemoError(f"{why}: choose another --port or --host.") from None
+    make_folders(settings)
 
 
 @contextmanager
@@ -168,21 +133,15 @@ class Server:
             self.process = psutil.Popen(arguments, env=variables, cwd=folder, start_new_session=True, **streams)
         # With its start, which tells a process from a later one of its id.
         known = {"supervisor": psutil.Process(), "server": self.process}
-        state = {name: (each.pid, each.create_time()) for name, each in known.items()}
         with whole_file(folder / STATE, private=True) as file:
-            file.write_text(json.dumps({"url": self.settings.url} | state))
+            file.write_text(json.dumps({name: (each.pid, each.create_time()) for name, each in known.items()}))
 
     def wait(self) -> None:
-        """Wait until the server answers, or say with the log's last line, without secrets, why it does not."""
+        """Wait until the server answers; a `DemoError` if it ends or does not answer in time."""
         try:
             wait_for_health(self.settings.url, lambda: self.process.poll() is None, START_SECONDS)
         except DemoError as error:
-            log = self.settings.folder / LOG
-            text = log.read_text(errors="replace").strip() or "its log is empty"
-            for secret in self.settings.hidden:
-                text = text.replace(secret, "***")
-            said = f"{text.splitlines()[-1].strip()[:500]} (all of it: {log})"
-            raise DemoError(f"the server {error}: {said}") from None
+            raise DemoError(f"the server {error}: look into {self.settings.folder / LOG}.") from None
 
     def supervise(self) -> None:
         """Start again what dies, PostgreSQL or the server, until an exception such as Ctrl-C ends it."""
@@ -221,9 +180,10 @@ def start(settings: ServerSettings) -> None:
 def stop(settings: ServerSettings) -> bool:
     """End the folder's server with all its processes, and return whether there was one."""
     if (state := read_state(settings)) is not None:
-        if (supervisor := _find(*state["supervisor"])) is not None and supervisor.pid != os.getpid():
-            supervisor.terminate()
-            await_end([supervisor], 30)
+        if state["supervised"]:
+            with suppress(psutil.NoSuchProcess):
+                (supervisor := psutil.Process(state["supervisor"][0])).terminate()
+                await_end([supervisor], 30)
         if _left(*state["server"]):
             end_group(state["server"][0])
         (settings.folder / STATE).unlink(missing_ok=True)
@@ -236,18 +196,14 @@ def read_state(settings: ServerSettings) -> dict | None:
         state = json.loads((settings.folder / STATE).read_text())
     except (OSError, ValueError):
         return None
-    state["supervised"] = _find(*state["supervisor"]) is not None
+    pid, created = state["supervisor"]
+    state["supervised"] = False
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        state["supervised"] = alive(process) and abs(process.create_time() - created) < 2
     return state if state["supervised"] or _left(*state["server"]) else None
 
 
 def _left(pid: int, created: float) -> list[psutil.Process]:
     """Return what lives of the server: its first process, and the workers, which outlive that."""
     return [each for each in group(pid) if each.create_time() >= created - 1]
-
-
-def _find(pid: int, created: float) -> psutil.Process | None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        if abs(process.create_time() - created) < 2 and alive(process):
-            return process
-    return None

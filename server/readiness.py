@@ -13,7 +13,7 @@ from demo_lib.ops.processes import Finding, examine_one
 import requests
 
 from server.client import call
-from server.database import check_database, database_address
+from server.database import check_database, database_address, folders
 from server.process import LOG, read_state
 from server.settings import ServerSettings
 
@@ -52,7 +52,6 @@ def _queries(settings: ServerSettings) -> str:
 
 
 def _artifacts(settings: ServerSettings) -> str:
-    """Write, read and remove one artifact."""
     path, content = f"{ARTIFACTS}/check-{uuid.uuid4().hex}.txt", b"written by `python -m server check`"
     fix = f"the artifacts in {settings.artifact_root} can't be used: correct its place or its permissions"
     _ask(settings, 200, fix, "PUT", path, data=content)
@@ -66,10 +65,7 @@ def _artifacts(settings: ServerSettings) -> str:
 
 def _disk(settings: ServerSettings) -> str:
     """Look at the database's folder and that of the artifacts, which may be on another disk."""
-    folders = [folder for folder in (settings.folder, settings.artifact_folder) if folder]
-    if missing := [folder for folder in folders if not folder.exists()]:
-        raise DemoError(f"the folder {missing[0]} does not exist: start the server, or correct --folder.")
-    free, folder = min((shutil.disk_usage(folder).free / 1e9, folder) for folder in folders)
+    free, folder = min((shutil.disk_usage(folder).free / 1e9, folder) for folder in folders(settings))
     if free < NEEDED_GB:
         raise DemoError(f"{free:.1f} GB free in {folder}: free {NEEDED_GB} GB.")
     return f"{free:.1f} GB free in {folder}"
@@ -77,14 +73,12 @@ def _disk(settings: ServerSettings) -> str:
 
 def _accounts(settings: ServerSettings) -> str:
     fix = "the server answers without a password: stop it, and look at its settings"
-    _ask(settings, 401, fix, "POST", SEARCH, json={"max_results": 1}, as_nobody=True)
+    _ask(settings, 401, fix, "POST", SEARCH, json={"max_results": 1}, nobody=True)
     return "nobody gets in without a password"
 
 
 def _ask(settings: ServerSettings, status: int, fix: str, method: str, path: str, **options: Any) -> requests.Response:
-    answer = call(settings, method, path, SECONDS, **options)
-    if answer.status_code in (401, 403) and status == 200:
-        fix = "the administrator's password is not the one that the account has: set the right one"
+    answer = call(settings, method, path, timeout=SECONDS, **options)
     if answer.status_code != status:
         raise DemoError(f"{fix} (answer {answer.status_code}).")
     return answer

@@ -26,7 +26,7 @@ os.kill(os.getpid(), 9)
 def test_what_start_refuses_is_raised_whatever_the_environment_has(tmp_path, monkeypatch):
     settings = ServerSettings(profile="workshop", folder=tmp_path, port=free_port())
     monkeypatch.setenv(f"{PREFIX}ADMIN_PASSWORD", "of another server")
-    with pytest.raises(DemoError, match=r"^MLFLOW_DEMO_SERVER_ADMIN_PASSWORD is not set"):
+    with pytest.raises(DemoError, match=r"^MLFLOW_DEMO_SERVER_ADMIN_PASSWORD must be 12"):
         launch(settings)
 
 

@@ -64,7 +64,7 @@ def test_artifacts_that_cannot_be_written_are_named(own):
     root.rmdir()
     root.touch()
     try:
-        assert set(failed(settings)) == {"artifacts"}
+        assert set(failed(settings)) == {"artifacts", "disk"}
     finally:
         root.unlink()
         root.mkdir()

@@ -66,7 +66,7 @@ def test_descendants_of_deleted_runs_go_and_the_rest_stays(site):
     gone = sorted([parent, child, grandchild, empty])
     assert clean(site, "1d").runs == []
     found = clean(site, dry_run=True)
-    assert found.runs == gone and found.freed == 3 * len("kept")
+    assert found.runs == gone
     assert len(client.search_runs([experiment])) == 4
     assert clean(site) == found
     assert ask(site, f"SELECT run_uuid FROM runs WHERE experiment_id = {experiment}") == sorted([kept, kept_child])
@@ -107,8 +107,7 @@ def test_a_deleted_experiment_goes_with_its_runs_and_the_files_of_its_models(sit
     past = f"last_update_time = last_update_time - {2 * DAY}"
     ask(site, f"UPDATE experiments SET {past} WHERE experiment_id = {experiment}")
     found = clean(site, "1d")
-    assert (found.runs, found.models, found.experiments, found.freed) == ([run_id], [model], [experiment], 1004)
-    assert str(found) == "1 runs, 1 models and 1 experiments, 0.0 MB of artifacts."
+    assert (found.runs, found.models, found.experiments) == ([run_id], [model], [experiment])
     for table in ("experiments", "runs", "logged_models"):
         assert int(experiment) not in ask(site, f"SELECT experiment_id FROM {table}")
     assert not (Path(site.settings.artifact_root) / experiment).exists()
@@ -143,5 +142,5 @@ def test_a_time_that_is_none_is_refused(local, text):
 def test_no_server_and_a_wrong_password_are_refused(workshop, tmp_path):
     with pytest.raises(DemoError, match="no server runs"):
         clean_up(ServerSettings(folder=tmp_path, port=free_port()), "1d")
-    with pytest.raises(DemoError, match="refuses the administrator"):
+    with pytest.raises(DemoError, match="administrator's password is refused"):
         clean_up(workshop.settings.model_copy(update=make_secrets()), "1d")

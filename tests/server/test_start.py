@@ -3,9 +3,9 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -42,69 +42,58 @@ def command(folder, *arguments, **environment):
     )
 
 
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"admin_password": None}, "ADMIN_PASSWORD is not set"),
-        ({"secret_key": None}, "SECRET_KEY is not set"),
-        ({"admin_password": SecretStr("short")}, "ADMIN_PASSWORD is too short: it needs 12"),
-        ({"admin_password": SecretStr("Königsberg-1234")}, "ADMIN_PASSWORD may have only ASCII letters"),
-        ({"admin_password": SecretStr(" " * 12)}, "ADMIN_PASSWORD may have only ASCII letters"),
-    ],
-)
-def test_a_workshop_needs_good_secrets(tmp_path, given, sentence):
-    with pytest.raises(DemoError, match=sentence):
-        refuse(settings(tmp_path, profile="workshop", **make_secrets(**given)))
-
-
-def test_an_admin_who_could_not_log_in_is_refused(tmp_path):
-    with pytest.raises(DemoError, match="the admin name 'a:b' is not allowed"):
-        refuse(settings(tmp_path, profile="workshop", admin_name="a:b", **make_secrets()))
+@pytest.mark.parametrize("name", ["admin_password", "secret_key"])
+@pytest.mark.parametrize("text", [None, "short", "Königsberg-1234", " " * 12])
+def test_a_workshop_needs_good_secrets(tmp_path, name, text):
+    given = make_secrets(**{name: text and SecretStr(text)})
+    with pytest.raises(DemoError, match=f"{name.upper()} must be 12 or more ASCII letters, digits and signs"):
+        refuse(settings(tmp_path, profile="workshop", **given))
 
 
 def test_others_are_not_let_in_without_accounts(tmp_path):
-    with pytest.raises(DemoError, match="lets other machines in"):
+    with pytest.raises(DemoError, match="lets others in without accounts"):
         refuse(settings(tmp_path, host="0.0.0.0"))
     refuse(settings(tmp_path, host="0.0.0.0", profile="workshop", **make_secrets()))
 
 
-def test_a_port_in_use_is_refused_and_its_user_named(tmp_path, local):
-    with pytest.raises(DemoError, match="an MLflow server listens there"):
+def test_a_port_in_use_is_refused(tmp_path, local):
+    with pytest.raises(DemoError, match=r"can't be listened on .*: choose another --port"):
         refuse(settings(tmp_path, port=local.settings.port))
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        with pytest.raises(DemoError, match="another program listens there"):
-            refuse(settings(tmp_path, port=other.getsockname()[1]))
 
 
 def test_a_second_server_in_the_folder_is_refused(local):
-    with pytest.raises(DemoError, match="already runs at"):
+    with pytest.raises(DemoError, match="already runs in"):
         refuse(settings(local.settings.folder))
 
 
-def test_an_artifact_folder_must_be_there_and_be_writable(tmp_path):
-    with pytest.raises(DemoError, match="does not exist"):
-        refuse(settings(tmp_path, artifacts=str(tmp_path / "none")))
-    with pytest.raises(DemoError, match="can't be written"):
-        refuse(settings(tmp_path, artifacts="/proc/sys"))
-    with pytest.raises(DemoError, match="artifacts can't be at file:///srv"):
-        refuse(settings(tmp_path, artifacts="file:///srv"))
-    with pytest.raises(DemoError, match="the folder /proc/x can't be made"):
-        refuse(settings("/proc/x"))
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"artifacts": "{folder}/none"}, "/none does not exist"),
+        ({"artifacts": "/proc/sys"}, "a folder can't be used .*'/proc/sys/"),
+        ({"folder": "/proc/x"}, "a folder can't be used .*'/proc/x'"),
+    ],
+)
+def test_a_folder_must_be_there_and_be_writable(tmp_path, given, sentence):
+    with pytest.raises(DemoError, match=sentence):
+        refuse(
+            settings(**{"folder": tmp_path} | {name: value.format(folder=tmp_path) for name, value in given.items()})
+        )
+    assert list(tmp_path.iterdir()) == []
     refuse(settings(tmp_path, artifacts="s3://bucket/files"))
 
 
 def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
     with (
-        pytest.raises(DemoError, match="which has a space or quote: choose another --folder"),
-        database(settings(tmp_path / "with space", profile="workshop", **make_secrets())),
+        tempfile.TemporaryDirectory(prefix="with space ") as short,  # a long path is none of its sockets'
+        pytest.raises(DemoError, match="its path may have no space"),
+        database(settings(Path(short), profile="workshop", **make_secrets())),
     ):
         raise AssertionError("it runs")
     (tmp_path / "half" / "postgres").mkdir(parents=True)
     (tmp_path / "half" / "postgres" / "postmaster.pid").write_text("-1")
     with (
-        pytest.raises(DemoError, match="its first start was cut off, so delete that folder"),
+        pytest.raises(DemoError, match=r"can't be started in .*delete the folder if its first start was cut off"),
         database(settings(tmp_path / "half", profile="workshop", **make_secrets())),
     ):
         raise AssertionError("it runs")
@@ -114,7 +103,7 @@ def test_two_starts_at_once_do_not_meet(tmp_path):
     given = settings(tmp_path)
     with (
         database(given),
-        pytest.raises(DemoError, match="another `python -m server` is at work in"),
+        pytest.raises(DemoError, match="another `python -m server` works in"),
         database(given),
     ):
         raise AssertionError("both start")
@@ -126,7 +115,7 @@ def test_mlflow_reads_the_address_that_it_was_given(tmp_path):
     address = "postgresql://me:100%25%40home@db.example/mlflow?host=%C3%9Cbung"
     (config := ConfigParser()).read_string(auth_config(address))
     assert config["mlflow"]["database_uri"] == address
-    assert ServerSettings(database=SecretStr(address)).hidden == ("100%25%40home", "100%@home")
+    assert ServerSettings(database=SecretStr(address)).hidden == [address]
 
 
 @pytest.mark.parametrize(
@@ -193,15 +182,13 @@ def test_a_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
         read_settings()
 
 
-def test_no_line_of_the_file_is_left_out(tmp_path, monkeypatch):
+def test_what_can_not_be_read_in_the_file_is_said(tmp_path, monkeypatch, caplog):
     (file := tmp_path / "server.env").touch(0o600)
     monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
-    file.write_text(f"\ufeff{PREFIX}PORT=6001\n{PREFIX}FOLDER=~/data\n")
+    file.write_text(f"\ufeff{PREFIX}PORT=6001\n{PREFIX}FOLDER=~/data\n{PREFIX}PROFILE: workshop\n")
     found = read_settings()
     assert (found.port, found.folder) == (6001, Path.home() / "data")
-    file.write_text(f"{PREFIX}PORT=6001\n{PREFIX}PROFILE: workshop\n")
-    with pytest.raises(DemoError, match="line 2 can't be read: write NAME=value"):
-        read_settings()
+    assert "could not parse statement starting at line 3" in caplog.text
     file.write_bytes(f"{PREFIX}ADMIN_PASSWORD=König".encode("latin-1"))
     with pytest.raises(DemoError, match="save it as UTF-8"):
         read_settings()
@@ -222,13 +209,14 @@ def tree(leader):
     return [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
 
 
-def test_a_server_that_ends_at_once_says_why_without_secrets(tmp_path, monkeypatch):
-    secret = "a-secret-of-mine-123"
-    monkeypatch.setattr("server.process.command", lambda settings: ["server", f"--no-such-option={secret}"])
-    given = settings(tmp_path, secret_key=SecretStr(secret))
-    with pytest.raises(DemoError, match="ended before it answered") as caught, running(given):
+def test_a_server_that_ends_at_once_names_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.process.command", lambda settings: ["server", "--no-such-option"])
+    with (
+        pytest.raises(DemoError, match=r"ended before it answered: look into .*server\.log"),
+        running(settings(tmp_path)),
+    ):
         raise AssertionError("it runs")
-    assert secret not in str(caught.value)
+    assert "no-such-option" in (tmp_path / "server.log").read_text()
     assert read_state(settings(tmp_path)) is None
 
 
