@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,26 +70,6 @@ def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str
             label=labels.get(run_id, run_id[:8]),
         )
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return figure
-
-
-def call_times(timings: pd.DataFrame) -> Figure:
-    """Draw the time of a call and the images per second by batch size, one line for each way of calling.
-
-    `timings` has the columns way, images (in a call), milliseconds (of a call), images_per_second.
-    """
-    titles = {"milliseconds": "median milliseconds of a call", "images_per_second": "images per second"}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        for number, (way, line) in enumerate(timings.groupby("way", sort=False)):
-            style = STYLES[number % len(STYLES)] + MARKERS[number % len(MARKERS)]
-            axis.plot(line["images"], line[column], style, color=COLORS[number % len(COLORS)], label=way)
-        axis.set(xscale="log", yscale="log", xlabel="images in a call", title=title)
-        axis.set_xticks(timings["images"].unique(), timings["images"].unique())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:,g}")
-        axis.minorticks_off()
-    axes[0].legend()
     return figure
 
 

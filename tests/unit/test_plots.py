@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from demo_lib.plots import call_times, compare_curves, image_grid, loss_curve
+from demo_lib.plots import compare_curves, image_grid, loss_curve
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -94,18 +94,3 @@ def test_compare_curves_refuses_an_empty_frame_and_an_unknown_metric():
     for rows, metric in ((EMPTY, "val_loss"), (TRAIN, "val_los")):
         with pytest.raises(ValueError, match=f"no point of {metric} to draw"):
             compare_curves(rows, {}, metric)
-
-
-def test_call_times_shows_time_and_throughput_of_each_way():
-    rows = [
-        ("HTTP", 1, 6.0, 150.0),
-        ("HTTP", 32, 24.0, 1300.0),
-        ("network", 1, 0.5, 1900.0),
-        ("network", 32, 6.0, 5000.0),
-    ]
-    timings = pd.DataFrame(rows, columns=["way", "images", "milliseconds", "images_per_second"])
-    figure = call_times(timings)
-    assert points_of(lines_of(figure)["HTTP"]) == [(1, 6.0), (32, 24.0)]
-    left, right = figure.axes
-    assert [points_of(line) for line in right.lines] == [[(1, 150.0), (32, 1300.0)], [(1, 1900.0), (32, 5000.0)]]
-    assert [tick.get_text() for tick in left.get_xticklabels()] == ["1", "32"]
