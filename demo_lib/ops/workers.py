@@ -31,16 +31,24 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
         raise DemoError("a study in memory can't be shared by processes: keep 1 worker, or give another storage.")
 
     def work(study: optuna.Study, config: TuneConfig, data: object, show: Callable[[], None]) -> None:
+        command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
+        command += ["--storage", storage] if storage else []
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers)),
+            "MLFLOW_TRACKING_URI": tracking_uri(),
+            "DEMO_HOME": str(settings().home),
+        }
         count = min(config.workers, config.trials - len(done(study) + running(study)))
-        before = _errors(study)
-        workers = [_start(config, storage) for _ in range(count)]
+        workers = [OwnedProcess(command, subprocess.DEVNULL, environment) for _ in range(count)]
+        codes = [None]
         try:
-            while any(worker.exit_code is None for worker in workers):
+            while None in codes:
                 time.sleep(0.3)
                 close_dead(study)
                 show()
-                if config.stop_on_error and (new := _errors(study)[len(before) :]):
-                    raise DemoError(f"a trial failed ({new[0]}), and stop_on_error is set: mend that and go on.")
+                codes = [worker.exit_code for worker in workers]
+                if config.stop_on_error and {1, 2} & {*codes}:  # the codes of errors; one that was killed has another
+                    raise DemoError("a trial failed, and stop_on_error is set: run with one worker to see why.")
         finally:
             with ThreadPoolExecutor() as pool:  # all at once: each has its trial's run to close
                 list(pool.map(OwnedProcess.stop, workers))
@@ -48,18 +56,3 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
             close_stale_runs([mlflow.active_run().info.experiment_id])
 
     return tuning.tune(config, experiment, storage, work)
-
-
-def _errors(study: optuna.Study) -> list[str]:
-    return [trial.user_attrs["error"] for trial in done(study) if "error" in trial.user_attrs]
-
-
-def _start(config: TuneConfig, storage: str | None) -> OwnedProcess:
-    """Start one worker, with its share of the cores."""
-    command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers)),
-        "MLFLOW_TRACKING_URI": tracking_uri(),
-        "DEMO_HOME": str(settings().home),
-    }
-    return OwnedProcess([*command, *(["--storage", storage] if storage else [])], subprocess.DEVNULL, environment)

@@ -70,7 +70,7 @@ def check_study(home, name, trials, interrupted=False):
 
 
 def start(*arguments):
-    command = [sys.executable, "-m", "demo_lib", "tune", "--no-prune", "--train-images", "600", "--epochs", "3"]
+    command = [sys.executable, "-m", "demo_lib", "tune", "--prune", "false", "--train-images", "600", "--epochs", "3"]
     return subprocess.Popen(
         [*command, "--device", "cpu", *arguments],
         stdout=subprocess.PIPE,
@@ -369,7 +369,7 @@ def test_workers_that_join_take_no_more_trials_than_the_study_has(cli):
 
 def test_an_error_ends_all_workers_if_asked(home):
     missing = "mps" if torch.cuda.is_available() else "cuda"
-    with pytest.raises(DemoError, match=r"a trial failed \(.*is not on this machine.*\), and stop_on_error is set"):
+    with pytest.raises(DemoError, match="a trial failed, and stop_on_error is set"):
         tune_with_workers(config(trials=6, workers=2, stop_on_error=True, device=missing))
     assert [run.info.status for run in family()[0]] == ["FAILED"]
 
