@@ -60,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
     add(_reproduce, "train a run again and compare every metric step by step", of_run)
-    ui = add(_ui, "open the MLflow UI on the store")
-    ui.add_argument("--port", type=int, help="default: DEMO_UI_PORT or 5050")
+    add(_ui, "serve the MLflow UI on the store")
     return parser
 
 
@@ -89,8 +88,6 @@ def _say(run: Any, *lines: str) -> None:
 
 
 # Each command imports what it needs: PyTorch and MLflow take seconds to load.
-
-
 def _doctor(given: argparse.Namespace) -> int:
     from demo_lib.ops.doctor import examine
 
@@ -110,7 +107,11 @@ def _train(given: argparse.Namespace) -> None:
 
 def _tune(given: argparse.Namespace) -> None:
     if given.join is not None:
-        return _join(given)
+        if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
+            raise DemoError("--join takes the configuration from the study: leave out all options but --storage.")
+        from demo_lib.tuning import join
+
+        return join(given.join, given.storage)
     config = _config(TuneConfig, given)
     from demo_lib.ops.workers import tune
 
@@ -121,14 +122,6 @@ def _tune(given: argparse.Namespace) -> None:
         f"best of {config.trials} trials: number {tags['best_trial']}, run {tags['best_run_id']}",
         f"validation accuracy {metrics['best_val_accuracy']:.2%}, test accuracy {metrics['test_accuracy']:.2%}",
     )
-
-
-def _join(given: argparse.Namespace) -> None:
-    if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
-        raise DemoError("--join takes the configuration from the study: leave out all other options but --storage.")
-    from demo_lib.tuning import join
-
-    join(given.join, given.storage)
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -184,14 +177,14 @@ def _ui(given: argparse.Namespace) -> int:
     from demo_lib.ops.processes import port_user
     from demo_lib.store import make_store
 
-    uri, port = tracking_uri(), str(given.port or settings().ui_port)
+    uri, port = tracking_uri(), settings().ui_port
     if uri.startswith("http"):
         raise DemoError(f"the runs are on a server: open {uri} in a browser.")
-    if (user := port_user(int(port))) != "nobody":
-        todo = f"open http://127.0.0.1:{port}" if user == "mlflow" else "set DEMO_UI_PORT to a free one"
-        raise DemoError(f"port {port} has {'the MLflow UI' if user == 'mlflow' else 'another program'}: {todo}.")
+    if port_user(port) != "nobody":
+        todo = f"if it is the MLflow UI, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
+        raise DemoError(f"a program listens on port {port}: {todo}.")
     # One worker and no job runner: two processes instead of a dozen.
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level=warning", "--backend-store-uri", uri]
     if (database := sqlite_file(uri)) is not None:
         make_store(database)

@@ -22,10 +22,7 @@ SIGNATURE = ModelSignature(
 
 
 def log_classifier(network_uri: str) -> ModelInfo:
-    """Log the classifier around a logged network, as lesson 04 does step by step, and return what MLflow made of it.
-
-    `network_uri` is a model's address such as `models:/m-...`.
-    """
+    """Log the classifier around a logged network, as lesson 04 does step by step, and return what MLflow made of it."""
     return mlflow.pyfunc.log_model(
         name="classifier",
         python_model=str(CODE),

@@ -44,10 +44,7 @@ def train_classifier(config: TrainConfig, experiment: str = "train") -> ModelInf
 
 
 def first_champion(model_name: str, config: TrainConfig) -> ModelVersion:
-    """Return the champion; if there is none, train, package, register and promote one first.
-
-    That makes `train` the active experiment: connect to your own afterwards.
-    """
+    """Return the champion; if there is none, train, package, register and promote one first, in `train`."""
     open_store()
     if find_champion(model_name) is None:
         classifier = train_classifier(config)
@@ -62,18 +59,16 @@ def promote(model_name: str, version: int | str, min_gain: float = 0.005) -> Dec
 
     Both are shown the gate split, on which nothing is trained or chosen. The first champion needs no gain; a version
     with the tag `rolled_back` is refused. The former champion gets the alias `previous`, the version tags that say why.
-    The registry can't move an alias on condition, so let one job at a time promote.
-
-    Raises:
-        DemoError: the version, or the champion, is not there, no classifier, or not trained on the data here.
+    The registry can't move an alias on condition, so let one job at a time promote. A version that is not there, no
+    classifier, or not trained on the data here is a DemoError.
     """
     open_store()
     client = MlflowClient()
     try:
         candidate = client.get_model_version(model_name, str(version))
     except MlflowException as error:
-        todo = "give the name and the number of a version that is registered"
-        raise DemoError(f"version {version} of {model_name!r} can't be judged ({reason(error)}): {todo}.") from None
+        why = f"version {version} of {model_name!r} can't be judged ({reason(error)})"
+        raise DemoError(f"{why}: name one that is registered.") from None
     champion = find_champion(model_name)
     decision = _judge(candidate, champion, min_gain)
     if decision.decision == "unchanged":

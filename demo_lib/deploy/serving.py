@@ -15,10 +15,8 @@ from demo_lib.store import open_store
 def serve(model_uri: str, seconds: float = 120) -> OwnedProcess:
     """Run `mlflow models serve` on a free port, in this Python's environment, and return when it answers at its `url`.
 
-    `model_uri` is a model's address such as `models:/fashion-classifier@champion`.
-
-    Raises:
-        DemoError: the server ended, as without a model at that address, or did not answer within `seconds`.
+    `model_uri` is a model's address such as `models:/fashion-classifier@champion`. If the server ends, as without a
+    model at that address, or does not answer within `seconds`, it is a DemoError.
     """
     store, port = open_store(), free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model_uri, "--env-manager", "local"]

@@ -29,6 +29,7 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 class Job:
     """One lesson of a batch: what to run with which parameters, and what came of it."""
 
+    lesson: str
     notebook: Path
     params: dict[str, Any]
     output: Path
@@ -37,11 +38,6 @@ class Job:
     error: str = ""
     interrupted: bool = False
     kernel: KernelManager | None = None
-
-    @property
-    def lesson(self) -> str:
-        """The notebook's file name without its ending."""
-        return self.notebook.stem
 
     def stop_kernel(self) -> None:
         """End the kernel if there is one: after its exit handlers have run or, if the job is interrupted, at once."""
@@ -58,21 +54,25 @@ class Job:
 def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[Job]:
     """Return one job a lesson, all lessons if none is named, each with those of the parameters that it declares.
 
-    A name is a lesson's number, file stem or path. Values may be text, as a command line gives them.
-
-    Raises:
-        DemoError: a lesson is unknown, no chosen lesson declares a parameter, or a value has the wrong type.
+    A name is a lesson's number, file stem or path. Values may be text, as a command line gives them. An unknown lesson,
+    a parameter that no chosen lesson declares, and a value of the wrong type are a DemoError.
     """
     notebooks = list(dict.fromkeys(_find(name) for name in names)) or lessons()
     declared = {notebook: pm.inspect_notebook(notebook) for notebook in notebooks}
     known = {name: inferred["inferred_type_name"] for each in declared.values() for name, inferred in each.items()}
-    if unknown := [name for name in params if name not in known]:
-        raise DemoError(f"no chosen lesson has a parameter {unknown[0]!r}; they have: {', '.join(known) or 'none'}.")
-    values = {name: _typed(name, value, known[name]) for name, value in params.items()}
-    return [
-        Job(notebook, {name: values[name] for name in inferred if name in values}, output.absolute() / notebook.name)
-        for notebook, inferred in declared.items()
-    ]
+    values = {}
+    for name, value in params.items():
+        if name not in known:
+            raise DemoError(f"no chosen lesson has a parameter {name!r}; they have: {', '.join(known) or 'none'}.")
+        try:
+            values[name] = TypeAdapter(TYPES.get(known[name], Any)).validate_python(value)
+        except ValidationError:
+            raise DemoError(f"parameter {name} = {value!r} must be of type {known[name]}.") from None
+    jobs = []
+    for notebook, inferred in declared.items():
+        own = {name: values[name] for name in inferred if name in values}
+        jobs.append(Job(notebook.stem, notebook, own, output / notebook.name))
+    return jobs
 
 
 def run(jobs: Sequence[Job], workers: int = 0) -> None:
@@ -97,7 +97,18 @@ def run(jobs: Sequence[Job], workers: int = 0) -> None:
     tags = provenance() | {"batch_id": environment["DEMO_BATCH_ID"]}
     with mlflow.start_run(run_name=f"batch of {len(jobs)}", tags=tags) as parent, truthful_status():
         mlflow.log_params({"lessons": " ".join(job.lesson for job in jobs), "workers": workers})
-        _run_all(jobs, workers, parent.info.run_id, environment)
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(_run_child, job, parent.info.run_id, tags, environment) for job in jobs]
+            try:
+                while wait(futures, timeout=1).not_done:  # Windows delivers Ctrl-C only between waits
+                    pass
+            except BaseException:
+                for job in jobs:
+                    job.interrupted = True
+                    job.stop_kernel()
+                raise
+        for future in futures:
+            future.result()
         failed = sum(job.status != "FINISHED" for job in jobs)
         mlflow.log_metric("failed_lessons", failed)
         if failed:
@@ -121,13 +132,6 @@ def _find(name: str) -> Path:
     raise DemoError(f"there is no lesson {name!r}; there are: {', '.join(path.stem for path in lessons())}.")
 
 
-def _typed(name: str, value: Any, kind: str) -> Any:
-    try:
-        return TypeAdapter(TYPES.get(kind, Any)).validate_python(value)
-    except ValidationError:
-        raise DemoError(f"parameter {name} = {value!r} must be of type {kind}.") from None
-
-
 def _environment(workers: int) -> dict[str, str]:
     """Return the environment of the kernels, which says that their runs are this batch's."""
     return os.environ | {
@@ -139,31 +143,14 @@ def _environment(workers: int) -> dict[str, str]:
     }
 
 
-def _run_all(jobs: Sequence[Job], workers: int, parent_run_id: str, environment: Mapping[str, str]) -> None:
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(_run_child, job, parent_run_id, environment) for job in jobs]
-        try:
-            while wait(futures, timeout=1).not_done:  # Windows delivers Ctrl-C only between waits
-                pass
-        except BaseException:
-            for job in jobs:
-                job.interrupted = True
-                job.stop_kernel()
-            raise
-    for future in futures:
-        future.result()
-
-
-def _run_child(job: Job, parent_run_id: str, environment: Mapping[str, str]) -> None:
+def _run_child(job: Job, parent_run_id: str, tags: dict[str, str], environment: dict[str, str]) -> None:
     """Run one lesson as a child run of the batch that ends with the lesson's status."""
     from demo_lib.store import close_stale_runs, own_name
-    from demo_lib.tracking import provenance
 
     import mlflow
 
     if job.interrupted:
         return
-    tags = provenance() | {"batch_id": environment["DEMO_BATCH_ID"]}
     with mlflow.start_run(run_name=job.lesson, parent_run_id=parent_run_id, tags=tags):
         mlflow.log_params(job.params)
         with TemporaryDirectory() as folder:
@@ -179,14 +166,19 @@ def _run_child(job: Job, parent_run_id: str, environment: Mapping[str, str]) -> 
     print(f"{job.lesson}: {job.status.lower()} in {job.seconds:.1f} s", flush=True)
 
 
-def _execute(job: Job, executed: Path, environment: Mapping[str, str]) -> None:
+def _execute(job: Job, executed: Path, environment: dict[str, str]) -> None:
     job.status, started = "RUNNING", time.monotonic()
+    # A kernel of our own, as papermill's can't be ended; asynchronous, or nbclient would not see that it died.
+    client = "jupyter_client.asynchronous.AsyncKernelClient"
+    kernel = KernelManager(kernel_name="python3", client_class=client, transport_encryption="auto")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the notebook has what its cells print
+    no_history = ["--HistoryManager.hist_file=:memory:"]
     try:
-        job.kernel = _start_kernel(job.notebook.parent, environment)
+        kernel.start_kernel(env=environment, cwd=str(job.notebook.parent), extra_arguments=no_history, **quiet)
+        job.kernel = kernel
         if job.interrupted:  # meanwhile
             raise InterruptedError
-        options = {"kernel_name": "python3", "progress_bar": False}
-        pm.execute_notebook(job.notebook, executed, job.params, km=job.kernel, **options)
+        pm.execute_notebook(job.notebook, executed, job.params, kernel_name="python3", km=kernel, progress_bar=False)
         job.status = "FINISHED"
     except pm.PapermillExecutionError as error:
         job.fail(f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}")
@@ -195,17 +187,6 @@ def _execute(job: Job, executed: Path, environment: Mapping[str, str]) -> None:
     finally:
         job.stop_kernel()
         job.seconds = time.monotonic() - started
-
-
-def _start_kernel(folder: Path, environment: Mapping[str, str]) -> KernelManager:
-    """Start a kernel of our own, which can be ended: papermill's can't be reached."""
-    # nbclient needs the asynchronous client: with the blocking one it never sees that a kernel died.
-    client = "jupyter_client.asynchronous.AsyncKernelClient"
-    kernel = KernelManager(kernel_name="python3", client_class=client, transport_encryption="auto")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the notebook has what its cells print
-    no_history = ["--HistoryManager.hist_file=:memory:"]
-    kernel.start_kernel(env=dict(environment), cwd=str(folder), extra_arguments=no_history, **quiet)
-    return kernel
 
 
 def _keep(job: Job, executed: Path) -> None:

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 from demo_lib.config import DemoError, TrainConfig, tracking_uri
 from demo_lib.ops.processes import Finding, examine_one
-
-from jupyter_client import KernelManager
-from jupyter_client.kernelspec import NoSuchKernel
 
 PACKAGES = ("mlflow", "torch", "torchvision", "optuna", "papermill", "jupyterlab")
 
 
 def examine() -> list[Finding]:
     """Run every check; one that fails does not keep the others from running."""
-    checks = {"packages": _packages, "kernel": _kernel, "data": _data, "store": _store}
+    checks = {"packages": _packages, "data": _data, "store": _store}
     return [examine_one(name, check) for name, check in checks.items()]
 
 
@@ -35,17 +29,6 @@ def _packages() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     trains = f"PyTorch trains on {pick_device(TrainConfig())} with {torch.get_num_threads()} of {os.cpu_count()} cores"
     return f"Python {platform.python_version()} with {versions}; {trains}"
-
-
-def _kernel() -> str:
-    fix = "run `python -m ipykernel install --sys-prefix`."
-    try:
-        python = KernelManager(kernel_name="python3").format_kernel_cmd()[0]
-    except NoSuchKernel:
-        raise DemoError(f"there is no kernel python3: {fix}") from None
-    if Path(shutil.which(python) or python).parent.resolve() != Path(sys.executable).parent.resolve():
-        raise DemoError(f"python3 runs {python}, not {sys.executable}: {fix}")
-    return f"python3 runs {python}"
 
 
 def _data() -> str:

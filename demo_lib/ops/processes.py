@@ -65,7 +65,7 @@ class OwnedProcess(AbstractContextManager):
         """End the command and wait until it is gone; a second call does nothing."""
         self._stop()
 
-    def wait_for_health(self, url: str, seconds: float, ours: Callable[[], bool] = lambda: True) -> None:
+    def wait_for_health(self, url: str, seconds: float, ours: Callable = lambda: True) -> None:
         """Wait until the server that the command runs answers; as `wait_for_health`, but it is stopped on an error."""
         self.url = url
         guard = self._guard  # not self, which the exceptions of requests would keep alive
@@ -125,13 +125,10 @@ def port_user(port: int) -> str:
     return "mlflow" if answer == version("mlflow") else "other"
 
 
-def wait_for_health(
-    url: str, runs: Callable[[], bool], seconds: float, ours: Callable[[], bool] = lambda: True
-) -> None:
+def wait_for_health(url: str, runs: Callable[[], bool], seconds: float, ours: Callable = lambda: True) -> None:
     """Wait until the server answers, and `ours` says that it is not another one that does.
 
-    Raises:
-        DemoError: it no longer runs, or did not answer in time; the text goes behind the server's name.
+    If it ends, or does not answer in time, it is a DemoError whose text goes behind the server's name.
     """
     deadline = time.monotonic() + seconds
     while runs():
@@ -158,18 +155,13 @@ def live_output() -> Iterator[None]:
     for number in before:
         os.dup2(start, number)
     os.close(start)
-
-    def print_lines() -> None:
-        with os.fdopen(end, errors="replace") as lines:
-            for line in lines:
-                print(line, end="")
-
-    printer = Thread(target=print_lines)
-    printer.start()
-    try:
-        yield
-    finally:
-        for number, kept in before.items():
-            os.dup2(kept, number)
-            os.close(kept)
-        printer.join()
+    with os.fdopen(end, errors="replace") as lines:
+        printer = Thread(target=sys.stdout.writelines, args=[lines])
+        printer.start()
+        try:
+            yield
+        finally:
+            for number, kept in before.items():
+                os.dup2(kept, number)
+                os.close(kept)
+            printer.join()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import find_data
@@ -20,8 +20,7 @@ LABELS = {MLFLOW_GIT_COMMIT: "commit", "python_version": "Python", "data_digest"
 LABELS |= {f"{package}_version": package for package in PACKAGES}
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Whether the run of a training made again has the `same` values as the first, and what there is to say of it."""
 
     run: Run
@@ -35,22 +34,17 @@ class Comparison:
 def reproduce(run_id: str, experiment: str = "reproduce") -> Comparison:
     """Train with the run's configuration in a new run, tagged `reproduces`, and compare; the id may be a prefix.
 
-    Prints first what differs here. Trains on the device that the run had, with as many CPU threads.
-
-    Raises:
-        DemoError: the run is unknown, or no training with a whole `TrainConfig`, or its device is not on this machine.
+    Prints first what differs here. Trains on the device that the run had, with as many CPU threads, which this process
+    keeps. An unknown run, one without a whole `TrainConfig`, or a device that is not here is a DemoError.
     """
     open_store()
     original = find_run(run_id)
     config, tags = config_of(original), original.data.tags
     config = TrainConfig(**config.model_dump() | {"device": tags.get("device", config.device)})
     print("\n".join(differences(original)) or "nothing differs here: code, packages and data are the same")
-    before = torch.get_num_threads()
-    torch.set_num_threads(int(tags.get("cpu_threads", before)))  # sums in another order differ in their last bits
-    try:
-        return compare(original, train(config, experiment, {"reproduces": original.info.run_id}))
-    finally:
-        torch.set_num_threads(before)
+    if "cpu_threads" in tags:
+        torch.set_num_threads(int(tags["cpu_threads"]))  # sums in another order differ in their last bits
+    return compare(original, train(config, experiment, {"reproduces": original.info.run_id}))
 
 
 def differences(original: Run) -> list[str]:

@@ -21,10 +21,7 @@ from mlflow.entities import Run
 
 
 def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = None) -> Run:
-    """Do as `tuning.tune`, with `config.workers` processes.
-
-    With several, a study in memory is a DemoError, and so is a trial that fails when `stop_on_error` is set.
-    """
+    """Do as `tuning.tune`, with `config.workers` processes; several with a study in memory are a DemoError."""
     if config.workers == 1:
         return tuning.tune(config, experiment, storage)
     if storage == MEMORY:

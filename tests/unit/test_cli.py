@@ -111,7 +111,7 @@ def test_help_lists_every_field_with_its_default(call):
 def test_doctor_is_content_and_says_what_is_wrong(home, call, monkeypatch):
     good = call("doctor")
     assert good.returncode == 0, good.stdout
-    assert [line[6:14].strip() for line in good.stdout.splitlines()] == ["packages", "kernel", "data", "store"]
+    assert [line[6:14].strip() for line in good.stdout.splitlines()] == ["packages", "data", "store"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("DEMO_DATA_DIR", str(home))
     bad = call("doctor")

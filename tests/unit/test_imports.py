@@ -120,7 +120,7 @@ MAY_LOAD = {
     "ops.workers": TUNING,
     "ops.batch": CONFIG | {"papermill"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
-    "ops.doctor": CONFIG | {"jupyter_client", "requests"},
+    "ops.doctor": CONFIG | {"requests"},
     "deploy.packaging": NETWORK | TABLES,
     "deploy.registry": NETWORK | TRACKING | TABLES | {"tqdm"},
     "deploy.serving": NETWORK | TABLES,

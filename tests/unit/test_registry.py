@@ -174,7 +174,9 @@ def test_the_first_champion_has_no_previous_one(versions):
 
 @pytest.mark.parametrize("name, number", [("nobody", 1), ("a/b", 1), ("m", 99), ("m", "last")])
 def test_a_missing_model_or_version_is_one_sentence(versions, name, number):
-    with pytest.raises(DemoError, match=f"version {number} of '{name}' can't be judged .*: give the name and") as error:
+    with pytest.raises(
+        DemoError, match=f"version {number} of '{name}' can't be judged .*: name one that is registered"
+    ) as error:
         promote(name, number)
     assert "\n" not in str(error.value)
     assert find_champion(name) is None
