@@ -48,7 +48,7 @@ def test_a_run_comes_out_the_same_to_the_bit_also_with_fewer_threads_here(home, 
     assert original.data.tags["cpu_threads"] == "2"
     torch.set_num_threads(1)
     result = reproduce(original.info.run_id[:8])
-    assert result.same and torch.get_num_threads() == 1
+    assert result.same
     tags = result.run.data.tags
     assert tags["reproduces"] == original.info.run_id and tags["cpu_threads"] == "2"
     assert mlflow.get_experiment(result.run.info.experiment_id).name == "reproduce"
