@@ -1,8 +1,7 @@
 """The small library behind the lessons of the MLflow demo series.
 
-Importing it sets defaults for a quiet MLflow, each of which the environment overrides: warnings instead of log lines,
-no progress bar for artifacts, no hints for coding agents, and no usage telemetry to MLflow's makers; and some for the
-speed and device of PyTorch. Libraries read them when they are imported, so import `demo_lib` first.
+Importing it sets defaults for PyTorch and for a quiet MLflow, without usage telemetry to its makers; the environment
+overrides each. Libraries read them when they are imported, so import `demo_lib` first.
 """
 
 import gc

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from demo_lib.config import Config, DemoError, TrainConfig, TuneConfig, read_yaml, settings
+from demo_lib.config import Config, DemoError, TrainConfig, TuneConfig, read_yaml, settings, sqlite_file, tracking_uri
 
 # How to start this Python again: `make` does not activate the environment.
 PYTHON = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
@@ -59,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
     add(_reproduce, "train a run again and compare every metric step by step", of_run)
-    ui = add(_ui, "open the MLflow UI on the store")
-    ui.add_argument("--port", type=int, help="default: DEMO_UI_PORT or 5050")
+    add(_ui, "serve the MLflow UI on the store")
     return parser
 
 
@@ -68,20 +68,12 @@ def _add_fields(parser: argparse.ArgumentParser, config: type[Config]) -> None:
     """Add the configuration's fields as options; what they are given is checked by the configuration."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of values; the options win over it")
     for name, field in config.model_fields.items():
-        option = name.replace("_", "-")
-        about: dict[str, Any] = {
-            "dest": name,
-            "default": argparse.SUPPRESS,
-            "help": f"{field.description} (default: {field.default})",
-        }
+        choices = ",".join(map(str, get_args(field.annotation)))
+        about: dict[str, Any] = {"metavar": f"{{{choices}}}" if choices else field.annotation.__name__}
         if field.annotation is bool:  # the file MLproject can only write `--flip true`
-            parser.add_argument(f"--{option}", nargs="?", const="true", metavar="true|false", **about)
-            about["help"] = f"the same as --{option} false"
-            parser.add_argument(f"--no-{option}", action="store_const", const="false", **about)
-        else:
-            choices = ",".join(map(str, get_args(field.annotation)))
-            metavar = f"{{{choices}}}" if choices else field.annotation.__name__
-            parser.add_argument(f"--{option}", metavar=metavar, **about)
+            about = {"metavar": "true|false", "nargs": "?", "const": "true"}
+        text = f"{field.description} (default: {field.default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **about)
 
 
 def _config(config: type[Config], given: argparse.Namespace) -> Any:
@@ -96,8 +88,6 @@ def _say(run: Any, *lines: str) -> None:
 
 
 # Each command imports what it needs: PyTorch and MLflow take seconds to load.
-
-
 def _doctor(given: argparse.Namespace) -> int:
     from demo_lib.ops.doctor import examine
 
@@ -117,7 +107,11 @@ def _train(given: argparse.Namespace) -> None:
 
 def _tune(given: argparse.Namespace) -> None:
     if given.join is not None:
-        return _join(given)
+        if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
+            raise DemoError("--join takes the configuration from the study: leave out all options but --storage.")
+        from demo_lib.ops.workers import join
+
+        return join(given.join, given.storage)
     config = _config(TuneConfig, given)
     from demo_lib.ops.workers import tune
 
@@ -130,27 +124,18 @@ def _tune(given: argparse.Namespace) -> None:
     )
 
 
-def _join(given: argparse.Namespace) -> None:
-    if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
-        raise DemoError("--join takes the configuration from the study: leave out all other options but --storage.")
-    from demo_lib.ops.workers import join
-
-    join(given.join, given.storage)
-
-
 def _run(given: argparse.Namespace) -> int:
     from demo_lib.ops import batch
 
-    if given.jobs < 0:
-        raise DemoError(f"--jobs {given.jobs} is not allowed: it must be 1 or more, or 0 for one a core.")
     params = (read_yaml(given.file) if given.file else {}) | dict(given.param)
-    jobs = batch.plan(given.lessons, params, given.output or settings().home / "build")
+    output = given.output or settings().home / "build"
+    jobs = batch.plan(given.lessons, params, output)
     try:
         batch.run(jobs, given.jobs)
     finally:
         if any(job.status != "NOT RUN" for job in jobs):
             print(batch.table(jobs))
-    print(f"\nSee the runs in MLflow: {PYTHON} -m demo_lib ui")
+    print(f"\nThe executed notebooks are in {output}. See the runs in MLflow: {PYTHON} -m demo_lib ui")
     return 0 if all(job.status == "FINISHED" for job in jobs) else 1
 
 
@@ -185,13 +170,27 @@ def _reproduce(given: argparse.Namespace) -> int:
 
     result = reproduce(given.run_id)
     _say(result.run, str(result))
-    return 1 if result.difference else 0
+    return 0 if result.same else 1
 
 
 def _ui(given: argparse.Namespace) -> int:
-    from demo_lib.ops.ui import serve_ui
+    from demo_lib.ops.processes import port_user
+    from demo_lib.store import make_store
 
-    return serve_ui(given.port or settings().ui_port)
+    uri, port = tracking_uri(), settings().ui_port
+    if uri.startswith("http"):
+        raise DemoError(f"the runs are on a server: open {uri} in a browser.")
+    if port_user(port) != "nobody":
+        todo = f"if it is the MLflow UI, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
+        raise DemoError(f"a program listens on port {port}: {todo}.")
+    # One worker and no job runner: two processes instead of a dozen.
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--uvicorn-opts", "--log-level=warning", "--backend-store-uri", uri]
+    if (database := sqlite_file(uri)) is not None:
+        make_store(database)
+        command += ["--artifacts-destination", str(database.parent / "artifacts")]
+    print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
+    return subprocess.call(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
 if __name__ == "__main__":

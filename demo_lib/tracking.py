@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # PyTorch takes seconds to load, and the batch run tracks wit
 
     from torch import Tensor, nn
 
+PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
+
 
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
     """Return the tags that say where a run came from: source, commit, versions, data, device, seed, process.
@@ -37,7 +39,7 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
     The source is the notebook that is named like the connected experiment, or else the command line; MLflow has
     recorded that of a run which `mlflow run` opened. Parts that are unknown are left out.
     """
-    tags = {f"{package}_version": version(package) for package in ("mlflow", "torch", "torchvision", "optuna")}
+    tags = {f"{package}_version": version(package) for package in PACKAGES}
     tags |= {"python_version": platform.python_version(), "process": this_process()} | _source() | _commit()
     if batch_id := settings().batch_id:
         tags["batch_id"] = batch_id

@@ -19,10 +19,7 @@ class FashionClassifier(mlflow.pyfunc.PythonModel):
         self.classes = context.model_config["classes"]
 
     def predict(self, context, model_input: np.ndarray, params: dict | None = None) -> pd.DataFrame:
-        """Return one row an image: its `label`, then a probability for each class.
-
-        `model_input` holds uint8 images of shape (N, 28, 28).
-        """
+        """Return one row an image (uint8, N x 28 x 28): its `label`, then a probability for each class."""
         images = torch.from_numpy(model_input.copy()).unsqueeze(1)  # PyTorch warns of read-only arrays
         with torch.inference_mode():
             logits = torch.cat([self.network(part / 255) for part in images.split(500)])

@@ -60,11 +60,7 @@ def main(seconds: float, command: list[str]) -> int:
     """Run the command and return its exit code."""
     end = threading.Event()
     signal.signal(signal.SIGTERM, lambda signum, frame: end.set())
-    try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    except OSError as error:
-        print(f"{command[0]} can't be started: {error.strerror}.", file=sys.stderr)
-        return 127
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def follow_owner() -> None:
         os.read(0, 1)  # nothing comes but the end; sys.stdin would hold its lock when the command ends first

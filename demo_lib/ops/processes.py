@@ -1,4 +1,4 @@
-"""Programs that this machine runs: an end with their owner, ports, whether a server answers, what a check found.
+"""Programs that this machine runs: an end with their owner, ports, whether a server answers, what they print.
 
 Nothing here loads MLflow or PyTorch, which take seconds: a server's start is waited for.
 """
@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Self
+from threading import Thread
+from typing import IO
 
 from demo_lib.config import DemoError
 
@@ -28,7 +29,7 @@ if hasattr(os, "register_at_fork"):  # a fork that held them open would be one m
     os.register_at_fork(after_in_child=lambda: [pipe.close() for pipe in _pipes])
 
 
-class OwnedProcess:
+class OwnedProcess(AbstractContextManager):
     """A command in the background, with its output in the file `log`, that never outlives its owner.
 
     It ends with its process group at `stop()`, at the end of a `with` block, when no variable holds this any more, and
@@ -64,17 +65,15 @@ class OwnedProcess:
         """End the command and wait until it is gone; a second call does nothing."""
         self._stop()
 
-    def wait_for_health(self, url: str, seconds: float, ours: Callable[[], bool] = lambda: True) -> None:
+    def wait_for_health(self, url: str, seconds: float, ours: Callable = lambda: True) -> None:
         """Wait until the server that the command runs answers; as `wait_for_health`, but it is stopped on an error."""
+        self.url = url
         guard = self._guard  # not self, which the exceptions of requests would keep alive
         try:
             wait_for_health(url, lambda: guard.poll() is None, seconds, ours)
         except BaseException:
             self.stop()
             raise
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
@@ -126,13 +125,10 @@ def port_user(port: int) -> str:
     return "mlflow" if answer == version("mlflow") else "other"
 
 
-def wait_for_health(
-    url: str, runs: Callable[[], bool], seconds: float, ours: Callable[[], bool] = lambda: True
-) -> None:
+def wait_for_health(url: str, runs: Callable[[], bool], seconds: float, ours: Callable = lambda: True) -> None:
     """Wait until the server answers, and `ours` says that it is not another one that does.
 
-    Raises:
-        DemoError: it no longer runs, or did not answer in time; the text goes behind the server's name.
+    If it ends, or does not answer in time, it is a DemoError whose text goes behind the server's name.
     """
     deadline = time.monotonic() + seconds
     while runs():
@@ -143,3 +139,29 @@ def wait_for_health(
             raise DemoError(f"does not answer after {seconds:g} s")
         time.sleep(0.1)
     raise DemoError("ended before it answered")
+
+
+@contextmanager
+def live_output() -> Iterator[None]:
+    """Print what child processes write, errors too, line by line as it comes, as a terminal does by itself.
+
+    The block ends when the last child has closed its output.
+    """
+    if sys.stdout is sys.__stdout__:
+        yield
+        return
+    end, start = os.pipe()
+    before = {number: os.dup(number) for number in (1, 2)}  # children write to these numbers, not to sys.stdout
+    for number in before:
+        os.dup2(start, number)
+    os.close(start)
+    with os.fdopen(end, errors="replace") as lines:
+        printer = Thread(target=sys.stdout.writelines, args=[lines])
+        printer.start()
+        try:
+            yield
+        finally:
+            for number, kept in before.items():
+                os.dup2(kept, number)
+                os.close(kept)
+            printer.join()

@@ -42,8 +42,7 @@ SUBJECTS = (
     "again.yaml",  # lesson 03: every digit of a learning rate
 )
 DRAWS = re.compile(
-    r"plt\.subplots|\.plot\.|Display\.from_|image_grid\(|loss_curve\(|compare_curves\(|plot_parallel_coordinate\(|"
-    r"call_times\("
+    r"plt\.subplots|\.plot\.|Display\.from_|image_grid\(|loss_curve\(|compare_curves\(|plot_parallel_coordinate\("
 )
 UNREADABLE = re.compile(r"(?<![\w:/.])/(?:[\w.-]+/)+[\w.-]+|\b(?:m-)?[0-9a-f]{32}\b|\d\.\d{12,}")  # paths, ids, digits
 

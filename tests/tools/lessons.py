@@ -26,7 +26,7 @@ OTHER = {
     "min_gain": 0.01,
     "model_name": "other",
     "score_images": 700,
-    "seconds": 0.05,
+    "timed_calls": 5,
     "traced_calls": 3,
     "steps": 40,
 }

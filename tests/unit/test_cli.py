@@ -53,12 +53,10 @@ def test_train_logs_what_was_asked_for(home, cli, tmp_path):
         (["train", "--epochs", "0"], "epochs = '0' is not allowed: it must be a whole number from 1 to 100."),
         (["train", "--config", "none.yaml"], "none.yaml can't be read"),
         (["train", "--epoch", "1"], "unrecognized arguments: --epoch"),
-        (["train", "--no-flip", "true"], "unrecognized arguments: true"),
         (["train", "--flip", "maybe"], "flip = 'maybe' is not allowed: it must be true or false."),
         (["run", "77"], "there is no lesson '77'; there are: 00_start_here"),
         (["run", "01", "-p", "epochs", "x"], "parameter epochs = 'x' must be of type int."),
         (["run", "-f", "none.yaml"], "none.yaml can't be read"),
-        (["run", "--jobs", "-1"], "--jobs -1 is not allowed"),
         (["run", "--out", "x"], "unrecognized arguments: --out"),
         (["export", "zz", "--to", "a.csv"], "no run's id begins with 'zz' (at least 4 digits and letters a-f)"),
         (["plot", "ffffffff"], "has no runs yet"),
@@ -105,7 +103,7 @@ def test_a_run_is_plotted_exported_and_trained_again_to_the_bit(cli, call, tmp_p
 
 def test_help_lists_every_field_with_its_default(call):
     text = call("train", "--help").stdout
-    for option in ("--epochs", "--learning-rate", "--flip", "--no-flip", "--device {auto,cpu,cuda,mps}"):
+    for option in ("--epochs", "--learning-rate", "--flip [true|false]", "--device {auto,cpu,cuda,mps}"):
         assert option in text
     assert "(default: 128)" in text
 
@@ -113,16 +111,7 @@ def test_help_lists_every_field_with_its_default(call):
 def test_doctor_is_content_and_says_what_is_wrong(home, call, monkeypatch):
     good = call("doctor")
     assert good.returncode == 0, good.stdout
-    assert [line[6:14].strip() for line in good.stdout.splitlines()] == [
-        "python",
-        "packages",
-        "kernel",
-        "data",
-        "store",
-        "ui port",
-        "disk",
-        "cores",
-    ]
+    assert [line[6:14].strip() for line in good.stdout.splitlines()] == ["packages", "data", "store"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("DEMO_DATA_DIR", str(home))
     bad = call("doctor")

@@ -31,7 +31,7 @@ CORE = "config data model training store tracking study tuning runs plots recipe
 CORE = [f"demo_lib.{name}" for name in CORE.split()]
 SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
-OPS = [f"demo_lib.ops.{name}" for name in ("workers", "ui", "batch", "reproduce", "projects", "doctor")]
+OPS = [f"demo_lib.ops.{name}" for name in ("workers", "batch", "reproduce", "doctor")]
 SERVER = ["settings", "database", "client", "process", "background", "readiness", "participants", "progress"]
 SERVER = [f"server.{name}" for name in [*SERVER, "backup", "cleanup", "__main__"]]
 MAIN = ["demo_lib.__main__"]
@@ -116,11 +116,9 @@ MAY_LOAD = {
     "ops.guard": {"psutil"},
     "ops.processes": CONFIG | {"requests"},
     "ops.workers": TUNING,
-    "ops.ui": STORE,
-    "ops.batch": CONFIG | {"papermill", "tqdm"},
+    "ops.batch": CONFIG | {"papermill"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
-    "ops.projects": CONFIG,
-    "ops.doctor": CONFIG | {"jupyter_client", "requests"},
+    "ops.doctor": CONFIG | {"requests"},
     "deploy.packaging": NETWORK | TABLES,
     "deploy.registry": NETWORK | TRACKING | TABLES | {"tqdm"},
     "deploy.serving": NETWORK | TABLES,

@@ -1,5 +1,6 @@
-"""A process that is owned ends with its owner, in whatever way, and says how it ended."""
+"""A process that is owned ends with its owner, in whatever way, and says how it ended; what children print is shown."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ import threading
 import time
 
 from demo_lib.ops.guard import alive
-from demo_lib.ops.processes import OwnedProcess
+from demo_lib.ops.processes import OwnedProcess, live_output
 
 import psutil
 import pytest
@@ -42,14 +43,6 @@ def test_the_exit_code_is_the_commands(command, code):
     owned = own("sh", "-c", command)
     wait_until(lambda: owned.exit_code is not None)
     assert owned.exit_code == code
-
-
-def test_a_command_that_is_not_there_is_one_sentence(tmp_path):
-    with (tmp_path / "log").open("wb") as log:
-        owned = own("no-such-command", log=log)
-        wait_until(lambda: owned.exit_code is not None)
-    assert owned.exit_code == 127
-    assert (tmp_path / "log").read_text() == "no-such-command can't be started: No such file or directory.\n"
 
 
 def test_a_group_that_does_not_want_to_end_is_killed():
@@ -88,3 +81,29 @@ def test_it_ends_with_its_owner(end):
         (process,) = below(int(owner.stdout.readline()))
         owner.send_signal(getattr(signal, end))
     wait_until(lambda: not alive(process))
+
+
+def test_what_children_write_is_printed_line_by_line_as_it_comes(monkeypatch):
+    class Page(io.StringIO):
+        def write(self, text):
+            times.append(time.monotonic())
+            return super().write(text)
+
+    times, page = [], Page()
+    child = "import sys, time; print('first', flush=True); time.sleep(1); print('second', file=sys.stderr)"
+    monkeypatch.setattr(sys, "stdout", page)
+    with live_output():
+        subprocess.run([sys.executable, "-c", child], check=True)
+    assert page.getvalue() == "first\nsecond\n"
+    assert times[-1] - times[0] > 0.9
+
+
+def test_in_a_terminal_children_write_as_they_are_and_output_comes_back_after_an_error(capfd, monkeypatch):
+    with pytest.raises(ZeroDivisionError), live_output():
+        raise ZeroDivisionError
+    os.write(2, b"an error")
+    assert capfd.readouterr() == ("", "an error")
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    with live_output():
+        os.write(2, b"an error")
+    assert capfd.readouterr() == ("", "an error")

@@ -1,16 +1,13 @@
 """The repository as an MLflow Project: the file, its runs, what is refused, and git addresses."""
 
-import io
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from demo_lib.config import ROOT, DemoError, TrainConfig, TuneConfig
-from demo_lib.ops import projects
-from demo_lib.ops.projects import live_output, publish
+from demo_lib.ops.processes import live_output
 from demo_lib.runs import config_of
 from demo_lib.store import connect, open_store
 from demo_lib.tracking import log_config
@@ -179,48 +176,3 @@ def test_another_value_than_the_run_has_is_refused(home):
             log_config(TrainConfig(epochs=2))
         log_config(TrainConfig(epochs=7))
     assert config_of(mlflow.get_run(active.info.run_id)) == TrainConfig(epochs=7)
-
-
-def test_a_project_without_git_is_published_as_it_is(copy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(projects, "ROOT", copy)
-    (copy / "store").mkdir()
-    (copy / "store" / "secret").touch()
-    address, commit = publish(tmp_path)
-    assert "no git repository" in capsys.readouterr().out
-    subprocess.run(["git", "clone", "--quiet", address, tmp_path / "clone"], check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path / "clone", capture_output=True, text=True)
-    assert head.stdout.strip() == commit
-    assert (tmp_path / "clone" / "MLproject").exists() and not (tmp_path / "clone" / "store").exists()
-    assert not (copy / ".git").exists()
-
-
-def test_without_git_the_sentence_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DemoError, match="git is not installed"):
-        publish(tmp_path)
-
-
-def test_what_children_write_is_printed_line_by_line_as_it_comes(monkeypatch):
-    class Page(io.StringIO):
-        def write(self, text):
-            times.append(time.monotonic())
-            return super().write(text)
-
-    times, page = [], Page()
-    child = "import sys, time; print('first', flush=True); time.sleep(1); print('second', file=sys.stderr)"
-    monkeypatch.setattr(sys, "stdout", page)
-    with live_output():
-        subprocess.run([sys.executable, "-c", child], check=True)
-    assert page.getvalue() == "first\nsecond\n"
-    assert times[-1] - times[0] > 0.9
-
-
-def test_in_a_terminal_children_write_as_they_are_and_output_comes_back_after_an_error(capfd, monkeypatch):
-    with pytest.raises(ZeroDivisionError), live_output():
-        raise ZeroDivisionError
-    os.write(2, b"an error")
-    assert capfd.readouterr() == ("", "an error")
-    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
-    with live_output():
-        os.write(2, b"an error")
-    assert capfd.readouterr() == ("", "an error")

@@ -4,7 +4,7 @@ import sqlite3
 
 from demo_lib.__main__ import main
 from demo_lib.config import DemoError, TrainConfig, TuneConfig
-from demo_lib.ops.reproduce import METRICS, _threads, arrived, compare, differences, reproduce
+from demo_lib.ops.reproduce import compare, differences, reproduce
 from demo_lib.recipe import train
 from demo_lib.store import connect
 from demo_lib.tuning import tune
@@ -43,26 +43,19 @@ def alter(home, run, metric, step):
         assert done.rowcount == 1
 
 
-def test_a_run_comes_out_the_same_to_the_bit_also_with_fewer_threads_here(home, two_threads, capsys):
+def test_a_run_comes_out_the_same_to_the_bit_also_with_fewer_threads_here(home, two_threads):
     original = train(CONFIG)
     assert original.data.tags["cpu_threads"] == "2"
     torch.set_num_threads(1)
     result = reproduce(original.info.run_id[:8])
-    assert result.difference is None and torch.get_num_threads() == 1
-    assert "CPU threads: 2 then, 1 here" in capsys.readouterr().out
+    assert result.same
     tags = result.run.data.tags
     assert tags["reproduces"] == original.info.run_id and tags["cpu_threads"] == "2"
     assert mlflow.get_experiment(result.run.info.experiment_id).name == "reproduce"
-    metrics = {"learning_rate", "test_accuracy", "test_loss", "train_loss", "val_accuracy", "val_loss"}
-    assert set(result.metrics) == metrics == METRICS and not result.left_out
+    metrics = "learning_rate, test_accuracy, test_loss, train_loss, val_accuracy, val_loss"
     steps = {point.step for point in MlflowClient().get_metric_history(original.info.run_id, "train_loss")}
-    assert result.values == len(steps) + 3 * CONFIG.epochs + 2
-
-
-def alter_device(home, run):
-    with sqlite3.connect(home / "store" / "mlflow.db") as database:
-        where = "run_uuid = ? AND key = 'device'"
-        assert database.execute(f"UPDATE params SET value = 'cuda' WHERE {where}", (run.info.run_id,)).rowcount == 1
+    values = len(steps) + 3 * CONFIG.epochs + 2
+    assert str(result) == f"the same: all {values} values of {metrics} are equal to the last bit"
 
 
 def test_an_altered_metric_is_named_with_its_step_and_exit_code_1(home, capsys):
@@ -75,12 +68,7 @@ def test_an_altered_metric_is_named_with_its_step_and_exit_code_1(home, capsys):
     assert main(["reproduce", original.info.run_id]) == 1
     said = capsys.readouterr().out
     assert "NOT the same: 1 of " in said
-    assert f"first train_loss at step 4: {value:.6g} then, {value - 1e-3:.6g} now, 0.001 apart" in said
-
-
-@pytest.mark.parametrize("tag", ["", "0", "-1", "many", "9999"])
-def test_a_tag_that_is_no_number_of_threads_changes_nothing(tag):
-    assert _threads(tag) == torch.get_num_threads()
+    assert f"first train_loss at step 4: {value:.9g} then, {value - 1e-3:.9g} now" in said
 
 
 def test_a_trial_of_a_study_can_be_reproduced(home):
@@ -88,7 +76,7 @@ def test_a_trial_of_a_study_can_be_reproduced(home):
     parent = tune(config, storage="memory")
     child = parent.data.tags["best_run_id"]
     result = reproduce(child)
-    assert result.difference is None and "val_accuracy" in result.metrics
+    assert result.same and "val_accuracy" in str(result)
 
 
 def test_what_can_not_be_reproduced_is_one_sentence_and_exit_code_2(home, capsys):
@@ -100,19 +88,12 @@ def test_what_can_not_be_reproduced_is_one_sentence_and_exit_code_2(home, capsys
     assert main(["reproduce", "f" * 32]) == 2
     assert "no run has the id" in capsys.readouterr().err
     assert mlflow.get_experiment_by_name("reproduce") is None
-
-
-def test_nothing_is_trained_where_nothing_can_be_compared(home, monkeypatch):
-    connect("bare")
-    with mlflow.start_run() as run:
-        mlflow.log_params(CONFIG.model_dump())
-        mlflow.log_metric("purity", 1.0)
-    with pytest.raises(DemoError, match="has none of the metrics of a training"):
-        reproduce(run.info.run_id)
-    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
-    with pytest.raises(DemoError, match="unset MLFLOW_RUN_ID"):
-        reproduce(run.info.run_id)
-    assert mlflow.get_experiment_by_name("reproduce") is None
+    if not torch.cuda.is_available():
+        original = train(CONFIG)
+        MlflowClient().set_tag(original.info.run_id, "device", "cuda")
+        assert main(["reproduce", original.info.run_id]) == 2
+        assert "device = 'cuda' is not on this machine" in capsys.readouterr().err
+        assert not mlflow.search_runs(experiment_names=["reproduce"], output_format="list")
 
 
 def test_what_differs_here_is_said_before_the_training(home, capsys):
@@ -137,17 +118,6 @@ def test_what_differs_here_is_said_before_the_training(home, capsys):
     assert f"digest of the data: 0123 then, {original.data.tags['data_digest']} here" in said
 
 
-def test_a_device_that_is_not_here_is_named_and_another_taken(home):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has the other device")
-    original = train(TrainConfig(**CONFIG.model_dump() | {"device": "auto", "epochs": 1}))
-    MlflowClient().set_tag(original.info.run_id, "device", "cuda")
-    alter_device(home, original)
-    here = original.data.tags["device"]
-    assert f"device: cuda then, {here} here" in differences(mlflow.get_run(original.info.run_id))
-    assert reproduce(original.info.run_id).run.data.params["device"] == "auto"
-
-
 @pytest.mark.parametrize(
     ("then", "now", "status", "difference"),
     [
@@ -155,9 +125,9 @@ def test_a_device_that_is_not_here_is_named_and_another_taken(home):
         ({"a": {1: float("nan")}}, {"a": {1: float("nan")}}, "FINISHED", None),
         ({"a": {1: float("nan")}}, {"a": {1: 1.0}}, "FINISHED", "a at step 1: nan then, 1 now"),
         ({"a": {1: 1.0, 3: 2.0}, "b": {2: 1.0}}, {"a": {1: 1.0, 3: 9.0}, "b": {2: 9.0}}, "FINISHED", "b at step 2"),
-        ({"a": {1: 0.1}}, {"a": {1: 0.1 + 2**-56}}, "FINISHED", "a at step 1: 0.1 then, 0.1 now, 1e-17 apart"),
-        ({"a": {1: 1.0, 2: 2.0}}, {"a": {1: 1.0}}, "FINISHED", "a at step 2: 2 then, none now"),
-        ({"a": {1: 1.0}}, {"a": {1: 1.0, 2: 2.0}}, "FINISHED", "a at step 2: none then, 2 now"),
+        ({"a": {1: 0.1}}, {"a": {1: 0.1 + 2**-56}}, "FINISHED", "a at step 1: 0.1 then, 0.1 now"),
+        ({"a": {1: 1.0, 2: 2.0}}, {"a": {1: 1.0}}, "FINISHED", "a at step 2: 2 then, nan now"),
+        ({"a": {1: 1.0}}, {"a": {1: 1.0, 2: 2.0}}, "FINISHED", "a at step 2: nan then, 2 now"),
         ({"a": {1: 1.0}}, {"a": {1: 1.0, 2: 2.0}}, "KILLED", None),
         ({"a": {1: 1.0}, "fit_seconds": {1: 3.0}}, {"a": {1: 1.0}, "fit_seconds": {1: 4.0}}, "FINISHED", None),
         ({"a": {1: 1.0}, "system/cpu": {1: 3.0}}, {"a": {1: 1.0}, "system/cpu": {1: 4.0}}, "FINISHED", None),
@@ -166,32 +136,11 @@ def test_a_device_that_is_not_here_is_named_and_another_taken(home):
 def test_compare_finds_the_first_difference_and_no_other(home, then, now, status, difference):
     connect("compared")
     result = compare(logged(then, status), logged(now))
-    if difference is None:
-        assert result.difference is None and result.metrics == ["a"]
-    else:
-        assert f"first {difference}" in result.difference
+    assert result.same == (difference is None)
+    assert "values of a are equal" in str(result) if result.same else f"first {difference}" in str(result)
 
 
-def test_metrics_that_a_training_does_not_log_are_left_out_and_named(home):
+def test_runs_without_a_metric_in_common_can_not_be_compared(home):
     connect("compared")
-    mine = logged({"a": {1: 1.0}, "purity": {1: 1.0}})
-    assert str(compare(mine, logged({"a": {1: 1.0}}))).endswith("not compared: purity")
-    with pytest.raises(DemoError, match=r"none of the metrics of a training \(b\)"):
-        compare(mine, logged({"b": {1: 1.0}}))
-
-
-def test_what_arrives_of_a_run_is_counted_by_kind(home, tmp_path):
-    connect("copies")
-    folders = [tmp_path / "then", tmp_path / "now"]
-    for folder, text in zip(folders, ("one", "other"), strict=True):
-        folder.mkdir()
-        (folder / "same.txt").write_text("same")
-        (folder / "file.txt").write_text(text)
-    mine, other = logged({"a": {1: 1.0, 2: 2.0}}, kind="a"), logged({"a": {1: 1.0}}, kind="a", new="b")
-    points = MlflowClient().get_metric_history(mine.info.run_id, "a")
-    whole = arrived((mine, points, folders[0]), (mine, points, folders[0]))
-    assert (whole.before == whole.arrived).all() and (whole.before["run id"], whole.before["metric values"]) == (1, 2)
-    table = arrived((mine, points, folders[0]), (other, points[:1], folders[1]))
-    assert table.loc["run id"].tolist() == [1, 0] and table.loc["metric values"].tolist() == [2, 1]
-    assert table.loc["files"].tolist() == [2, 1] and table.loc["models"].tolist() == [0, 0]
-    assert table.before["tags"] > table.arrived["tags"] >= 1  # each run has a name of its own
+    with pytest.raises(DemoError, match="no metric in common"):
+        compare(logged({"a": {1: 1.0}, "fit_seconds": {1: 1.0}}), logged({"b": {1: 1.0}, "fit_seconds": {1: 1.0}}))
