@@ -1,7 +1,5 @@
 """Command line: `python -m demo_lib doctor | train | tune | run | plot | ...`, each with `--help`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Configurations: validated, frozen, from YAML, the command line or a run's parameters, and back to YAML."""
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections.abc import Iterator, Mapping

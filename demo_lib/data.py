@@ -1,7 +1,5 @@
 """Fashion-MNIST as tensors in memory: found on this machine or fetched, checked, split and batched."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import os
@@ -50,7 +48,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> Split:
+    def to(self, device: torch.device | str) -> "Split":
         """Return the split on the device."""
         return Split(self.images.to(device), self.labels.to(device))
 

@@ -1,31 +1,25 @@
 """Matplotlib figures for the lessons; they draw what they are given and ask no store."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-COLORS = color_sequences["petroff8"]
-# Told apart by colour-blind people and in print: 32 lines differ in colour, or in marker and style.
-LINES = plt.cycler(linestyle=["-", "--", "-.", ":"]) * (plt.cycler(color=COLORS) + plt.cycler(marker=list("os^DvPX*")))
+COLORS = color_sequences["petroff8"]  # told apart by colour-blind people
 
 
-def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figure:
+def image_grid(images: Sequence[ArrayLike], titles: Sequence[str], columns: int = 5) -> Figure:
     """Draw grey images of shape (N, 1, 28, 28) in rows of `columns`, each under its title."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image.squeeze(0).numpy(), cmap="gray_r")
+        axis.imshow(np.squeeze(image), cmap="gray_r")
         axis.set_title(title, fontsize=9)
     return figure
 
@@ -33,13 +27,11 @@ def image_grid(images: Tensor, titles: Sequence[str], columns: int = 5) -> Figur
 def loss_curve(history: pd.DataFrame, title: str) -> Figure:
     """Draw one run's `train_loss` by optimizer step, and its `val_loss` with a thin line at each epoch's end.
 
-    `history` has the columns run_id, metric, step, value. Without a `train_loss`, or with more than one run, it is a
-    ValueError.
+    `history` has the columns run_id, metric, step, value. Without a `train_loss`, or with several runs: a ValueError.
     """
-    train = _metric(history, "train_loss")
-    if train["run_id"].nunique() > 1:
-        raise ValueError("a loss curve shows one run: select the rows of one run_id.")
-    validation = history[history["metric"] == "val_loss"]
+    train, validation = (history[history["metric"] == f"{name}_loss"] for name in ("train", "val"))
+    if train["run_id"].nunique() != 1:
+        raise ValueError("a loss curve shows the train_loss of one run: select the rows of one run_id that has it.")
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy")
     axis.plot(train["step"], train["value"], color=COLORS[0], label="train_loss")
@@ -49,26 +41,3 @@ def loss_curve(history: pd.DataFrame, title: str) -> Figure:
         axis.axvline(end, color="0.6", linewidth=1, zorder=0, label=None if number else "end of an epoch")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
-
-
-def compare_curves(history: pd.DataFrame, labels: Mapping[str, str], metric: str) -> Figure:
-    """Draw the metric by optimizer step, one line a run, named by `labels` (run_id to text) or else by its run_id.
-
-    `history` has the columns run_id, metric, step, value. Without a point of the metric it is a ValueError.
-    """
-    points = _metric(history, metric)
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axis.set(title=metric, xlabel="optimizer step", ylabel=metric, prop_cycle=LINES)
-    for run_id, line in points.groupby("run_id", sort=False):
-        label, often = labels.get(run_id, run_id[:8]), max(1, len(line) // 10)
-        axis.plot(line["step"], line["value"], markevery=often, label=label)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    return figure
-
-
-def _metric(history: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Return the rows of the metric."""
-    rows = history[history["metric"] == metric] if len(history) else history
-    if rows.empty:
-        raise ValueError(f"there is no point of {metric} to draw: check the run ids and the metric's name.")
-    return rows

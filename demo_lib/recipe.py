@@ -1,7 +1,5 @@
 """Lesson 01 as one call."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Ask the tracking store: runs, children, the best, metric histories, exports."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

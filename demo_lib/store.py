@@ -1,7 +1,5 @@
 """The tracking store: which one and whose experiment, runs that were left behind, links into the MLflow UI."""
 
-from __future__ import annotations
-
 import html
 import os
 import re

@@ -1,7 +1,5 @@
 """An Optuna study that lasts: its storage, its parent run in MLflow, and what dead workers leave of it."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator

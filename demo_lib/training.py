@@ -1,7 +1,5 @@
 """Training and evaluation of a network: plain PyTorch that yields one record per logging point."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

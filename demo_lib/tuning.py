@@ -4,8 +4,6 @@
 `run_trial`: a child run in MLflow. `do_trials` of the same study may go on elsewhere at the same time.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 import time

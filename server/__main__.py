@@ -1,7 +1,5 @@
 """Command line: `python -m server start | stop | ...`, each with `--help`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

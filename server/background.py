@@ -1,7 +1,5 @@
 """A server that a notebook starts, and that is gone when the notebook's kernel is."""
 
-from __future__ import annotations
-
 import os
 import sys
 

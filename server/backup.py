@@ -1,7 +1,5 @@
 """Back the server up, and restore it elsewhere."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

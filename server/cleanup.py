@@ -1,7 +1,5 @@
 """Remove for good what was deleted long enough ago, with what hangs on it, and nothing else."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, NamedTuple
 

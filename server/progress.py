@@ -1,7 +1,5 @@
 """Who has done what: finished runs of each lesson by participant."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 from demo_lib.config import lessons

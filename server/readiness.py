@@ -1,7 +1,5 @@
 """Ask a server's parts one by one whether they work: MLflow's own /health looks at none of them."""
 
-from __future__ import annotations
-
 import shutil
 import uuid
 from concurrent.futures import ThreadPoolExecutor

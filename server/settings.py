@@ -1,7 +1,5 @@
 """The server's settings: typed, from flags, the environment and a file; secrets never from flags."""
 
-from __future__ import annotations
-
 import os
 import stat
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Models for others to use: the classifier around a network, and what MLflow says when it refuses one."""
 
-from __future__ import annotations
-
 import textwrap
 from importlib.metadata import version
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The model registry: a gate before the alias `champion`, and the reasons on each version."""
 
-from __future__ import annotations
-
 import io
 from contextlib import redirect_stderr
 from dataclasses import dataclass

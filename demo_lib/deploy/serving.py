@@ -1,7 +1,5 @@
 """A scoring server that a lesson or a script starts, and that is gone when they are."""
 
-from __future__ import annotations
-
 import os
 import sys
 import sysconfig

@@ -1,7 +1,5 @@
 """Run lessons headless through papermill: checked first, in parallel, tracked in MLflow, with a report that is true."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

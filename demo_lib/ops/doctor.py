@@ -1,7 +1,5 @@
 """Check that this machine can run the lessons, and say what to fix."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib.metadata import version

@@ -4,8 +4,6 @@ The owner holds the other end of this program's standard input. When that closes
 this works on every system and from any thread. A program of its own, so that it starts in no time.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 Nothing here loads MLflow or PyTorch, which take seconds: a server's start is waited for.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Train a recorded run again, and compare the two."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from demo_lib.config import DemoError, TrainConfig

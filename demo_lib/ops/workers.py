@@ -1,7 +1,5 @@
 """A study whose trials are done by several processes at once; each is a command that joins the study."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -41,9 +41,7 @@ SUBJECTS = (
     "live_output()",  # lesson 07: what a command prints, with the id that `reproduce` takes
     "again.yaml",  # lesson 03: every digit of a learning rate
 )
-DRAWS = re.compile(
-    r"plt\.subplots|\.plot\.|Display\.from_|image_grid\(|loss_curve\(|compare_curves\(|plot_parallel_coordinate\("
-)
+DRAWS = re.compile(r"plt\.subplots|\.plot\.|Display\.from_|image_grid\(|loss_curve\(|plot_parallel_coordinate\(")
 UNREADABLE = re.compile(r"(?<![\w:/.])/(?:[\w.-]+/)+[\w.-]+|\b(?:m-)?[0-9a-f]{32}\b|\d\.\d{12,}")  # paths, ids, digits
 
 

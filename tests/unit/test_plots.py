@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from demo_lib.plots import compare_curves, image_grid, loss_curve
+from demo_lib.plots import image_grid, loss_curve
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -64,33 +64,6 @@ def test_loss_curve_of_a_run_that_ended_within_its_first_epoch_has_no_val_loss()
 
 
 def test_loss_curve_refuses_two_runs_and_nothing():
-    with pytest.raises(ValueError, match="shows one run"):
-        loss_curve(pd.concat([TRAIN, TRAIN.assign(run_id="b" * 32)]), "two")
-    for nothing in (EMPTY, VALIDATION, pd.DataFrame()):
-        with pytest.raises(ValueError, match="no point of train_loss to draw"):
-            loss_curve(nothing, "none")
-
-
-def test_compare_curves_draws_one_line_a_run_told_apart_without_colour():
-    ids = [f"{number:032x}" for number in range(12)]
-    rows = pd.concat([history(run_id, "val_loss", [1, 2, 3], [place, 1, 0]) for place, run_id in enumerate(ids)])
-    labels = {run_id: f"run {place}" for place, run_id in enumerate(ids[:11])}
-    figure = compare_curves(pd.concat([rows, TRAIN]), labels, "val_loss")
-    axis, lines = figure.axes[0], lines_of(figure)
-    assert list(lines) == [*labels.values(), ids[11][:8]]
-    assert points_of(lines["run 7"]) == [(1, 7), (2, 1), (3, 0)]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in axis.lines}) == 12
-    assert len({line.get_color() for line in axis.lines[:8]}) == 8
-    assert len(axis.get_legend().get_texts()) == 12 and axis.get_ylabel() == "val_loss"
-    assert figure.get_facecolor() == (1, 1, 1, 1) == axis.get_facecolor()
-
-
-def test_compare_curves_marks_about_ten_points_of_a_long_line():
-    figure = compare_curves(history("a" * 32, "loss", range(5000), range(5000)), {}, "loss")
-    assert figure.axes[0].lines[0].get_markevery() == 500 and len(figure.axes[0].lines[0].get_xdata()) == 5000
-
-
-def test_compare_curves_refuses_an_empty_frame_and_an_unknown_metric():
-    for rows, metric in ((EMPTY, "val_loss"), (TRAIN, "val_los")):
-        with pytest.raises(ValueError, match=f"no point of {metric} to draw"):
-            compare_curves(rows, {}, metric)
+    for rows in (pd.concat([TRAIN, TRAIN.assign(run_id="b" * 32)]), EMPTY, VALIDATION):
+        with pytest.raises(ValueError, match="a loss curve shows the train_loss of one run"):
+            loss_curve(rows, "none")
