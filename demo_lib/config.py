@@ -32,10 +32,7 @@ def lessons() -> list[Path]:
 
 @contextmanager
 def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to, which is renamed to `path` at the end: a file is there whole or not at all.
-
-    A private file can be read by its owner only. On an error, what was at `path` stays.
-    """
+    """Give a path to write to that becomes `path` at the end: whole or not at all; private, for its owner only."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         if private:

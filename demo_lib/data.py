@@ -55,10 +55,7 @@ class Split:
 
 @dataclass(frozen=True)
 class FashionData:
-    """The splits, what they are a part of (`name`), where they were read (`source`), and `digest`.
-
-    The digest is the first 16 hex digits of the SHA-256 over those of the four raw files and the way they are split.
-    """
+    """The splits, what they are a part of (`name`), where they were read (`source`), `digest` of files and split."""
 
     train: Split
     validation: Split

@@ -45,12 +45,6 @@ def build_model(config: TrainConfig) -> FashionNet:
     return FashionNet(config.channels, config.dropout)
 
 
-def summarize(model: nn.Module) -> str:
-    """Return the model's layers and its number of trainable parameters as text."""
-    parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return f"{model}\n\n{parameters:,} trainable parameters\n"
-
-
 def _block(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
     if pool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from demo_lib.config import TrainConfig
 from demo_lib.data import batches, load_data
-from demo_lib.model import build_model, summarize
+from demo_lib.model import build_model
 from demo_lib.store import connect
 from demo_lib.tracking import log_config, log_datasets, log_model, provenance, truthful_status
 from demo_lib.training import evaluate, fit
@@ -27,7 +27,7 @@ def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str
     model = build_model(config)
     with mlflow.start_run(tags=provenance(data, config) | dict(tags or {})) as run, truthful_status():
         log_config(config)
-        mlflow.log_text(summarize(model), "model_summary.txt")
+        mlflow.log_text(str(model), "model_summary.txt")
         log_datasets(data)
         best, started = None, time.perf_counter()
         with tqdm(total=config.epochs, unit="epoch", disable=None) as bar:

@@ -19,10 +19,7 @@ MANY = 1_000_000  # MLflow follows the pages up to 100,000 runs by itself
 
 
 def find_run(run_id: str) -> Run:
-    """Return the run with this id, or the only one whose id begins with these 4 characters or more.
-
-    If there is no such run, it is deleted, or several begin like this, it is a DemoError.
-    """
+    """Return the only run whose id begins with these 4 to 32 characters; a DemoError if none does or it is deleted."""
     asked, found = run_id.strip().lower(), []
     if re.fullmatch("[0-9a-f]{4,32}", asked):
         mlflow.set_tracking_uri(tracking_uri())
@@ -43,11 +40,8 @@ def runs(experiment: str, where: str = "", order_by: list[str] | None = None, li
     """Return all runs of the experiment (its name) that pass the filter, or the first `limit`, the latest first.
 
     Columns: run_id, name, status, start (UTC), seconds (NaN while it runs), parent_run_id, `params.*` (numbers where
-    the whole column is numeric) and `metrics.*` (last values). `where` and `order_by` are in MLflow's language.
-
-    Raises:
-        DemoError: the experiment is not in the store.
-        MlflowException: MLflow can't read the filter or the order.
+    the whole column is numeric) and `metrics.*` (last values). `where` and `order_by` are in MLflow's language, and
+    errors in them MLflow's. An experiment that is not in the store is a DemoError.
     """
     known = _experiments()
     if (found := known.get(own_name(experiment)) or known.get(experiment)) is None:
@@ -64,10 +58,7 @@ def children(parent_run_id: str, where: str = "", order_by: list[str] | None = N
 def best(
     experiment: str, metric: str, mode: Literal["max", "min"] = "max", where: str = "", n: int = 1
 ) -> pd.DataFrame:
-    """Return the `n` runs with the best last value of the metric, the best first, in the form of `runs`.
-
-    Runs that lack the metric or have NaN are left out. If none has it, it is a DemoError.
-    """
+    """Return the `n` runs with the best last value of the metric, in the form of `runs`; without one, a DemoError."""
     found = runs(experiment, where, [f"metrics.`{metric}` {'DESC' if mode == 'max' else 'ASC'}"], n)
     if f"metrics.{metric}" not in found:
         raise DemoError(f"no run of {experiment!r} that was asked for has the metric {metric!r}: correct its name.")

@@ -66,10 +66,7 @@ def open_store() -> str:
 
 
 def own_name(experiment: str) -> str:
-    """Return the name that the experiment has for you: on a server with a login, `LOGIN/` comes before it.
-
-    A name with a slash is taken as it is, so that others' experiments can be named.
-    """
+    """Return the experiment's name for you: on a server with a login `LOGIN/` comes before one that has no slash."""
     login = _login()
     return f"{login}/{experiment}" if login and "/" not in experiment else experiment
 

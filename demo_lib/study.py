@@ -131,13 +131,9 @@ def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def study_figures(study: optuna.Study) -> dict[str, Figure]:
-    """Return Optuna's plots of the study by name: its history, its trials by epoch, its hyperparameters.
-
-    With four completed trials or more, also what the hyperparameters matter. The figures are closed: a notebook shows
-    the one that a cell ends with.
-    """
+    """Return Optuna's plots of the study by name, closed: a notebook shows the one that a cell ends with."""
     names = ["optimization_history", "intermediate_values", "parallel_coordinate"]
-    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:
+    if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:  # fewer say nothing of importance
         names.append("param_importances")
     plt.close(plt.figure())  # a kernel's first figure turns on that figures are shown: not in rc_context, which ends
     # Optuna changes matplotlib's style for all later figures, and warns that its plots are experimental.

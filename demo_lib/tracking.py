@@ -122,10 +122,7 @@ def signals(handlers: Mapping[int, Any]) -> Iterator[None]:
 
 
 def log_config(config: Config, exclude: Collection[str] = ()) -> None:
-    """Log the configuration's fields as parameters of the active run, but for those that `mlflow run` has logged.
-
-    These it logged as they were typed, such as `true` for `True`, and MLflow refuses to change a parameter.
-    """
+    """Log the fields as parameters of the active run, but for those that `mlflow run` has logged as they were typed."""
     logged = mlflow.get_run(mlflow.active_run().info.run_id).data.params
     mlflow.log_params(config.model_dump(exclude={*exclude, *logged}))
 

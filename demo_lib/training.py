@@ -15,24 +15,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 @dataclass(frozen=True)
 class Record:
-    """One logging point: the global optimizer step, the epoch (from 1) and the metrics by name.
-
-    `weights` is a copy of the model's weights on the CPU where this epoch's validation accuracy is the best so far,
-    else None.
-    """
+    """One logging point: the global optimizer step, the epoch (from 1) and the metrics by name."""
 
     step: int
     epoch: int
     metrics: dict[str, float]
-    weights: dict[str, Tensor] | None = None
+    weights: dict[str, Tensor] | None = None  # a copy on the CPU, where the validation accuracy is the best so far
 
 
 def pick_device(config: TrainConfig) -> torch.device:
-    """Return the device to train on: cuda, mps or cpu, whichever is there first, unless the configuration names one.
-
-    Raises:
-        DemoError: the named device is not on this machine.
-    """
+    """Return the configuration's device, for auto the first here of cuda, mps, cpu; a DemoError if it is not here."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [name for name in here if here[name]]
     if config.device not in ("auto", *there):

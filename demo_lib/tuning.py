@@ -49,11 +49,8 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
 
     `storage` is as in `open_study`: a study of that name in it goes on in the same parent run. `work` does the trials,
     by default `do_trials`: here, one at a time. Trials whose process died are tried again. The winner, chosen on the
-    validation split, is scored once on the test split.
-
-    Raises:
-        DemoError: the storage is MLflow's, the study's parent run is gone, several workers are asked for without
-            `work`, or no trial was completed.
+    validation split, is scored once on the test split. A storage of MLflow's, a parent run that is gone, several
+    workers without `work`, and a study without a completed trial are a DemoError.
     """
     if config.workers > 1 and work is None:
         raise DemoError(f"workers = {config.workers} are processes: call `tune` of demo_lib.ops.workers, or keep 1.")
@@ -88,10 +85,7 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
     """Train one trial as a child run of the parent and return its best validation accuracy.
 
     The child ends FINISHED, KILLED (pruned or interrupted) or FAILED, with Optuna's state in the tag `trial_state`; the
-    weights of its best epoch are its artifact `weights.pt`.
-
-    Raises:
-        optuna.TrialPruned: the pruner gave the trial up.
+    weights of its best epoch are its artifact `weights.pt`. If the pruner gives it up, it raises `TrialPruned`.
     """
     name, known = f"trial {trial.number}", {"study": config.study, "trial_number": trial.number, "trial_state": "FAIL"}
     try:

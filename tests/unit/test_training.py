@@ -2,7 +2,7 @@
 
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import load_data
-from demo_lib.model import build_model, summarize
+from demo_lib.model import build_model
 from demo_lib.training import evaluate, fit, pick_device, predict
 
 import pytest
@@ -84,11 +84,3 @@ def test_the_weights_depend_on_the_seed_alone():
     torch.rand(3)
     first = build_model(TrainConfig(seed=5)).state_dict()
     assert all(torch.equal(value, first[name]) for name, value in build_model(TrainConfig(seed=5)).state_dict().items())
-
-
-@pytest.mark.parametrize("channels", [4, 16])
-def test_the_summary_counts_the_parameters(channels):
-    model = build_model(TrainConfig(channels=channels))
-    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert f"{total:,} trainable parameters" in summarize(model)
