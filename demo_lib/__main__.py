@@ -12,7 +12,7 @@ from typing import Any, get_args
 from demo_lib.config import Config, DemoError, TrainConfig, TuneConfig, read_yaml, settings, sqlite_file, tracking_uri
 
 # How to start this Python again: `make` does not activate the environment.
-PYTHON = "python" if shutil.which("python") == sys.executable else os.path.relpath(sys.executable)
+PYTHON = "python" if shutil.which("python") == sys.executable else sys.executable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add(_doctor, "check this machine and say what to fix")
     _add_fields(add(_train, "train one model, tracked in MLflow"), TrainConfig)
-    tune = add(_tune, "tune: one parent run, one child run a trial")
+    tune = add(_tune, "search for hyperparameters: one parent run, one child run a trial")
     tune.add_argument("--storage", metavar="URL", help="Optuna's database (default: store/optuna.db)")
     tune.add_argument("--join", metavar="STUDY", help="do trials of a study that has begun, here or on another machine")
     _add_fields(tune, TuneConfig)
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("lessons", nargs="*", metavar="LESSON", help="number, name or path of a lesson (default: all)")
     run.add_argument("--jobs", type=int, default=0, metavar="N", help="lessons at once (default: one a core)")
     run.add_argument("-f", "--file", type=Path, metavar="FILE", help="YAML file of parameters")
-    run.add_argument("-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    run.add_argument(
+        "-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter"
+    )
     run.add_argument("--output", type=Path, metavar="DIR", help="folder for executed notebooks (default: build)")
     add(_plot, "draw a run's loss curve and log it to the run", of_run)
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
@@ -82,7 +84,8 @@ def _config(config: type[Config], given: argparse.Namespace) -> Any:
 def _say(run: Any, *lines: str) -> None:
     from demo_lib.store import ui_link
 
-    print(*lines, f"run {run.info.run_id}", f"{ui_link(run)}  (start the UI with: {PYTHON} -m demo_lib ui)", sep="\n")
+    start = "" if tracking_uri().startswith("http") else f"  (start the UI with: {PYTHON} -m demo_lib ui)"
+    print(*lines, f"run {run.info.run_id}", f"{ui_link(run)}{start}", sep="\n")
 
 
 # Each command imports what it needs: PyTorch and MLflow take seconds to load.
@@ -173,11 +176,12 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 def _ui(given: argparse.Namespace) -> int:
     from demo_lib.ops.processes import port_user
-    from demo_lib.store import make_store
+    from demo_lib.store import open_store, without_login
 
     uri, port = tracking_uri(), settings().ui_port
     if uri.startswith("http"):
-        raise DemoError(f"the runs are on a server: open {uri} in a browser.")
+        raise DemoError(f"the runs are on a server: open {without_login(uri)} in a browser.")
+    open_store()
     if port_user(port) != "nobody":
         todo = f"if it is the MLflow UI, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
         raise DemoError(f"a program listens on port {port}: {todo}.")
@@ -185,7 +189,6 @@ def _ui(given: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level=warning", "--backend-store-uri", uri]
     if (database := sqlite_file(uri)) is not None:
-        make_store(database)
         command += ["--artifacts-destination", str(database.parent / "artifacts")]
     print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
     return subprocess.call(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})

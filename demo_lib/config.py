@@ -83,7 +83,7 @@ def sqlite_uri(database: Path) -> str:
 class Config(BaseModel):
     """Base of the configurations: frozen, no unknown fields; a bad name or value is a DemoError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -122,7 +122,7 @@ class TrainConfig(Config):
 class TuneConfig(Config):
     """One study of nested runs. What the study does not vary is fixed here; the defaults are the quick ones."""
 
-    study: str = Field("fashion", pattern=r"\S", description="name of the study, by which it is resumed")
+    study: str = Field("fashion", min_length=1, description="name of the study, by which it is resumed")
     trials: int = Field(10, ge=1, le=10_000, description="trials of the whole study, pruned ones included")
     workers: int = Field(1, ge=1, le=64, description="processes that do trials at once")
     max_channels: int = Field(16, ge=4, le=128, description="widest first convolution to try")
@@ -143,7 +143,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DemoError(f"{path} can't be read as YAML ({' '.join(str(error).split())}): mend or correct it.") from None
+        raise DemoError(f"{path} can't be read as YAML ({' '.join(str(error).split())}): correct it.") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DemoError(f"{path} must hold one `name: value` a line, not a {type(values).__name__}.")
     return values

@@ -19,7 +19,7 @@ CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 ADDRESS = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # Zalando's own
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 SAMPLE = Path(__file__).parent / "sample"
-# Another way to split is other data: the gate must know who has seen which images.
+# Part of the digest, by which the gate knows that a model has not seen its images: change it with the code.
 SPLIT = "classes in turn, the last twelfth held out, of each class a twelfth for the gate"
 RAW = Path("FashionMNIST", "raw")  # where torchvision's class looks below its root
 
@@ -75,12 +75,12 @@ def load_data(config: TrainConfig | None = None) -> FashionData:
 
     A twelfth of the training images, the same for every configuration, is the gate split: no network is trained or
     chosen on it. Of the others as many as the configuration asks for, a twelfth of these for validation. The test split
-    is always whole. With one seed, no size has in its training split what another has in its validation split.
+    is always whole. With the same seed, what is for validation at one `train_images` is never for training at another.
     Errors are those of `find_data`.
     """
     config, whole = config or TrainConfig(), find_data()
     images, labels = whole.train.images, whole.train.labels
-    members = labels.argsort(stable=True).view(len(CLASSES), -1)  # one row a class: all have as many images
+    members = labels.argsort(stable=True).view(len(CLASSES), -1)  # one row a class: each has equally many images
     kept = members.shape[1] // 12
     others, gate = members[:, :-kept], members[:, -kept:]
     drawn = torch.rand(others.shape, generator=torch.Generator().manual_seed(config.seed)).argsort(dim=1, stable=True)

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 
 def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str] | None = None) -> Run:
-    """Do in one tracked run of the experiment what lesson 01 does step by step, and return the run.
+    """Do in one tracked run of the experiment what lesson 01 does, without its figures, and return the run.
 
-    Logs parameters, metrics, both datasets, a model summary, and the best and the last model; the best one, chosen on
-    the validation split, is scored once on the test split. `tags` are added to those of `provenance`.
+    Logs parameters, metrics, both datasets, the layers, and the best and the last model; the best one, chosen on the
+    validation split, is scored once on the test split. `tags` are added to those of `provenance`.
     """
     connect(experiment)
     data = load_data(config)

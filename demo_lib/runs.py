@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from demo_lib.config import DemoError, TrainConfig, tracking_uri, whole_file
 from demo_lib.store import own_name
@@ -55,10 +54,8 @@ def children(parent_run_id: str, where: str = "", order_by: list[str] | None = N
     return _search([*_experiments().values()], f"{where} AND {nested}" if where else nested, order_by)
 
 
-def best(
-    experiment: str, metric: str, mode: Literal["max", "min"] = "max", where: str = "", n: int = 1
-) -> pd.DataFrame:
-    """Return the `n` runs with the best last value of the metric, in the form of `runs`; without one, a DemoError."""
+def best(experiment: str, metric: str, mode: str = "max", where: str = "", n: int = 1) -> pd.DataFrame:
+    """Return the `n` runs with the best (max or min) last value of the metric; without one it is a DemoError."""
     found = runs(experiment, where, [f"metrics.`{metric}` {'DESC' if mode == 'max' else 'ASC'}"], n)
     if f"metrics.{metric}" not in found:
         raise DemoError(f"no run of {experiment!r} that was asked for has the metric {metric!r}: correct its name.")
@@ -68,7 +65,7 @@ def best(
 def histories(run_ids: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Return every logged value of the metrics (full run ids): run_id, metric, step, value, time (UTC).
 
-    Ordered by run and metric as given, step and time; a run without any value that is unknown is a DemoError.
+    Ordered by run and metric as given, step and time. A run that is not in the store is a DemoError.
     """
     client = MlflowClient(tracking_uri())
     points = [
@@ -101,6 +98,8 @@ def export(run_id: str, path: str | Path) -> None:
         content = config_of(run).to_yaml().encode()
     elif kind not in (".csv", ".parquet"):
         raise DemoError(f"{path} must end in .csv or .parquet or, for the configuration, in .yaml.")
+    elif not run.data.metrics:
+        raise DemoError(f"run {run.info.run_id} has logged no metrics: choose another run.")
     else:
         frame = histories([run.info.run_id], sorted(run.data.metrics))
         content = frame.to_parquet(index=False) if kind == ".parquet" else frame.to_csv(index=False).encode()

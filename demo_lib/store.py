@@ -20,11 +20,9 @@ from mlflow.entities import Experiment, Run, ViewType
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.environment_variables import MLFLOW_RUN_ID
 
-# MLflow's private parts, as in MLflow 3.17.2; `tests/unit/test_internals.py` names the one that another has changed.
+# MLflow's private parts, as in MLflow 3.17.2; `tests/unit/test_internals.py` names what another version has changed.
 from mlflow.utils.credentials import get_default_host_creds  # isort: skip
 from mlflow.utils.rest_utils import http_request  # isort: skip
-
-DATABASES = ("postgresql", "mysql", "mssql", "databricks")
 
 
 def connect(experiment: str) -> Experiment:
@@ -58,7 +56,7 @@ def open_store() -> str:
         make_store(database)
     elif uri.startswith("http"):
         _ask_server(uri)
-    elif uri.partition(":")[0].partition("+")[0] not in DATABASES:
+    elif uri.partition(":")[0].partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
         what = "set it to a server's http address, to sqlite:/// and the path of a file, or to a database's address"
         raise DemoError(f"MLFLOW_TRACKING_URI = {uri!r} is no store: {what}, or unset it.")
     mlflow.set_tracking_uri(uri)
@@ -94,7 +92,7 @@ class Link:
 def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
     """Return the link to the run's, the experiment's or the registered model's page in the MLflow UI."""
     uri = tracking_uri()
-    base = _without_login(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{settings().ui_port}"
+    base = without_login(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{settings().ui_port}"
     if isinstance(of, RegisteredModel):
         return Link(f"{base}/#/models/{quote(of.name, safe='')}", f"model {of.name} in the MLflow UI")
     if isinstance(of, Run):
@@ -124,10 +122,10 @@ def close_stale_runs(experiment_ids: list[str]) -> None:
     unfinished = f"attributes.status = 'RUNNING' AND tags.process LIKE '{socket.gethostname()}:%'"
     for run in MlflowClient().search_runs(experiment_ids, unfinished, ViewType.ALL):
         if died_here(run):
-            close_left_behind(run.info.run_id)
+            kill_run(run.info.run_id)
 
 
-def close_left_behind(run_id: str) -> None:
+def kill_run(run_id: str) -> None:
     """End as KILLED a run whose process is gone, and say so in its tag `error`."""
     client = MlflowClient()
     client.set_tag(run_id, "error", "its process ended without closing the run")
@@ -144,17 +142,17 @@ def make_store(database: Path) -> None:
                 with whole_file(database) as partial:
                     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # private; takes a second
 
-                    # The public way to the tables is a whole server.
+                    # MLflow's only public way to make the tables is to start a whole server.
                     SqlAlchemyStore(sqlite_uri(partial), (database.parent / "artifacts").as_uri())._dispose_engine()
-    except OSError as error:
-        what = "set DEMO_HOME or MLFLOW_TRACKING_URI to a place that can be written"
-        raise DemoError(f"the store {database} can't be made ({error.strerror}): {what}.") from None
-    _speed_up_sorting(database)
+        _speed_up_sorting(database)
+    except (OSError, sqlite3.DatabaseError) as error:
+        what = "set DEMO_HOME or MLFLOW_TRACKING_URI to a place that can be written, and where no other file lies"
+        raise DemoError(f"the store {database} can't be used ({error}): {what}.") from None
 
 
 def _speed_up_sorting(database: Path) -> None:
     """Tell SQLite's planner that `latest_metrics` is large: else sorting runs by a metric takes quadratic time."""
-    with suppress(sqlite3.Error), closing(sqlite3.connect(database, timeout=5)) as connection, connection:
+    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database, timeout=5)) as connection, connection:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_stat1'").fetchone():
             connection.execute("ANALYZE alembic_version")  # makes the table of statistics
             rows = "40000 400 1"  # in all, of a metric, of a metric of a run
@@ -167,12 +165,13 @@ def _opened_run() -> Run:
     with suppress(MlflowException):
         if (run := mlflow.get_run(MLFLOW_RUN_ID.get())).info.status == "RUNNING":
             return run
-    what = f"MLFLOW_RUN_ID = {MLFLOW_RUN_ID.get()} is no open run of the store {_without_login(tracking_uri())}"
+    what = f"MLFLOW_RUN_ID = {MLFLOW_RUN_ID.get()} is no open run of the store {without_login(tracking_uri())}"
     todo = "before `mlflow run` set MLFLOW_TRACKING_URI to a store's whole address, as sqlite:////home/me/mlflow.db"
     raise DemoError(f"{what}: {todo}; else unset MLFLOW_RUN_ID.")
 
 
-def _without_login(uri: str) -> str:
+def without_login(uri: str) -> str:
+    """Return the address as it may be shown: without a name and a password."""
     return re.sub("//[^/]*@", "//", uri, count=1)
 
 
@@ -184,7 +183,7 @@ def _login() -> str:
 
 def _ask_server(uri: str) -> None:
     """Ask once, for 4 s at most: with MLflow's default retries a wrong address takes minutes to fail."""
-    shown, search = _without_login(uri), "/api/2.0/mlflow/experiments/search"
+    shown, search = without_login(uri), "/api/2.0/mlflow/experiments/search"
     once = {"max_retries": 0, "timeout": 4, "raise_on_status": False, "json": {"max_results": 1}}
     try:
         status = http_request(get_default_host_creds(uri), search, "POST", **once).status_code

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
-from demo_lib.store import close_left_behind
+from demo_lib.store import kill_run, without_login
 from demo_lib.tracking import log_config
 
 import matplotlib.pyplot as plt
@@ -37,11 +37,11 @@ def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
     """
     opened = None if storage == MEMORY else open_storage(storage)
     study = optuna.create_study(storage=opened, study_name=config.study, direction="maximize", load_if_exists=True)
-    equip(study, config)
+    equip(study, config, alone=config.workers == 1)
     return study
 
 
-def equip(study: optuna.Study, config: TuneConfig, alone: bool = True) -> None:
+def equip(study: optuna.Study, config: TuneConfig, alone: bool) -> None:
     """Give the study its pruner and sampler, which no storage keeps; `alone` if this process does all trials."""
     study.pruner = optuna.pruners.NopPruner()
     if config.prune:  # the first epochs of a one-cycle schedule say little
@@ -57,7 +57,7 @@ def open_storage(address: str | None = None) -> RDBStorage:
     address = address or sqlite_uri(settings().home / "store" / "optuna.db")
     database, of_mlflow = sqlite_file(address), sqlite_file(tracking_uri())
     if address == tracking_uri() or (database and of_mlflow and database.resolve() == of_mlflow.resolve()):
-        raise DemoError(f"{address} is MLflow's database: give Optuna one of its own.")
+        raise DemoError(f"{without_login(address)} is MLflow's database: give Optuna one of its own.")
     try:
         if database:
             database.parent.mkdir(parents=True, exist_ok=True)
@@ -67,21 +67,20 @@ def open_storage(address: str | None = None) -> RDBStorage:
                 address, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=_give_up
             )
     except Exception as error:
-        raise DemoError(f"the study storage {address} can't be opened ({error}): give a database address.") from None
+        what = f"the study storage {without_login(address)} can't be opened ({without_login(str(error))})"
+        raise DemoError(f"{what}: give a database address.") from None
 
 
 @contextmanager
 def parent_run(study: optuna.Study, config: TuneConfig, tags: dict[str, str]) -> Iterator[Run]:
-    """Open the study's parent run again, or a new one; a study that was begun otherwise is a DemoError."""
+    """Open the study's parent run again, or a new one; one begun with another configuration is a DemoError."""
     fixed, saved = config.model_dump(exclude=CHANGEABLE), study.user_attrs.get("config", {})
     if changed := [name for name in fixed if saved.get(name, fixed[name]) != fixed[name]]:
-        raise DemoError(
-            f"study {config.study!r} was begun with {changed[0]} = {saved[changed[0]]}, not {fixed[changed[0]]}: "
-            "keep it, or give the study another name."
-        )
+        what = f"study {config.study!r} was begun with {changed[0]} = {saved[changed[0]]}, not {fixed[changed[0]]}"
+        raise DemoError(f"{what}: keep it, or give the study another name.")
     if parent_run_id := study.user_attrs.get("parent_run_id"):
         return_to(parent_run_id)
-    tags |= {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
+    tags = tags | {"study": config.study, "workers": str(config.workers), "trials": str(config.trials)}
     with mlflow.start_run(run_id=parent_run_id, run_name=config.study, tags=tags) as parent:
         if not parent_run_id:
             log_config(config, exclude=CHANGEABLE)
@@ -93,7 +92,7 @@ def parent_run(study: optuna.Study, config: TuneConfig, tags: dict[str, str]) ->
 def return_to(parent_run_id: str) -> None:
     """Make the experiment of the study's parent run the active one again; a run that is gone is a DemoError.
 
-    The id of a run that `mlflow run` opened leaves the environment: the next `mlflow.start_run` would go on in it.
+    The id of a run that `mlflow run` opened leaves the environment: else `mlflow.start_run` would go on in that run.
     """
     client = MlflowClient()
     try:
@@ -103,8 +102,9 @@ def return_to(parent_run_id: str) -> None:
             raise
         parent = None
     if parent is None or parent.info.lifecycle_stage == "deleted":
+        what = f"the study's parent run is deleted, or not in the store {without_login(tracking_uri())}"
         todo = f"restore it (`mlflow runs restore --run-id {parent_run_id}`), or give the study another name"
-        raise DemoError(f"the study's parent run is deleted, or not in the store {tracking_uri()}: {todo}.")
+        raise DemoError(f"{what}: {todo}.")
     if "error" in parent.data.tags:  # of the call before
         client.delete_tag(parent_run_id, "error")
     os.environ.pop("MLFLOW_RUN_ID", None)
@@ -126,7 +126,7 @@ def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
     """Close the child run of a trial whose process died, and queue its hyperparameters again."""
     run_id = trial.user_attrs.get("run_id")
     if run_id and MlflowClient().get_run(run_id).info.status == "RUNNING":
-        close_left_behind(run_id)
+        kill_run(run_id)
     study.enqueue_trial(trial.params)
 
 
@@ -135,7 +135,7 @@ def study_figures(study: optuna.Study) -> dict[str, Figure]:
     names = ["optimization_history", "intermediate_values", "parallel_coordinate"]
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:  # fewer say nothing of importance
         names.append("param_importances")
-    plt.close(plt.figure())  # a kernel's first figure turns on that figures are shown: not in rc_context, which ends
+    plt.close(plt.figure())  # a kernel's first figure sets rcParams for showing figures, which rc_context would undo
     # Optuna changes matplotlib's style for all later figures, and warns that its plots are experimental.
     with plt.rc_context({"figure.constrained_layout.use": True}), warnings.catch_warnings(action="ignore"):
         figures = {name: getattr(optuna.visualization.matplotlib, f"plot_{name}")(study).figure for name in names}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demo_lib.config import LESSONS, ROOT, Config, DemoError, TrainConfig, settings
-from demo_lib.store import this_process
+from demo_lib.store import this_process, without_login
 
 import git
 import mlflow
@@ -36,8 +36,8 @@ PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
     """Return the tags that say where a run came from: source, commit, versions, data, device, seed, process.
 
-    The source is the notebook that is named like the connected experiment, or else the command line; MLflow has
-    recorded that of a run which `mlflow run` opened. Parts that are unknown are left out.
+    The source is the notebook that is named like the connected experiment, or else the command line; for a run that
+    `mlflow run` opened, MLflow has recorded it. Parts that are unknown are left out.
     """
     tags = {f"{package}_version": version(package) for package in PACKAGES}
     tags |= {"python_version": platform.python_version(), "process": this_process()} | _source() | _commit()
@@ -122,7 +122,7 @@ def signals(handlers: Mapping[int, Any]) -> Iterator[None]:
 
 
 def log_config(config: Config, exclude: Collection[str] = ()) -> None:
-    """Log the fields as parameters of the active run, but for those that `mlflow run` has logged as they were typed."""
+    """Log the fields as parameters of the active run, except those that `mlflow run` has logged, as text."""
     logged = mlflow.get_run(mlflow.active_run().info.run_id).data.params
     mlflow.log_params(config.model_dump(exclude={*exclude, *logged}))
 
@@ -150,14 +150,15 @@ def log_model(model: nn.Module, name: str, example: Tensor, **kwargs: Any) -> Mo
 def _source() -> dict[str, str]:
     if MLFLOW_RUN_ID.get():
         return {}
-    experiment = MlflowClient().get_experiment(MLFLOW_EXPERIMENT_ID.get() or "0")  # the one that is connected
-    notebook = LESSONS / f"{experiment.name.rpartition('/')[2]}.ipynb"
+    connected = MLFLOW_EXPERIMENT_ID.get()
+    name = MlflowClient().get_experiment(connected).name.rpartition("/")[2] if connected else ""
+    notebook = LESSONS / f"{name}.ipynb"
     if notebook.is_file():
         return {"mlflow.source.name": f"notebooks/{notebook.name}", "mlflow.source.type": "NOTEBOOK"}
     program, *arguments = sys.argv
     if Path(program).name == "__main__.py":
         program = f"python -m {Path(program).parent.name}"
-    return {"mlflow.source.name": " ".join([program, *arguments]), "mlflow.source.type": "LOCAL"}
+    return {"mlflow.source.name": " ".join([program, *map(without_login, arguments)]), "mlflow.source.type": "LOCAL"}
 
 
 def _commit() -> dict[str, str]:

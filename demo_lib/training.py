@@ -20,7 +20,7 @@ class Record:
     step: int
     epoch: int
     metrics: dict[str, float]
-    weights: dict[str, Tensor] | None = None  # a copy on the CPU, where the validation accuracy is the best so far
+    weights: dict[str, Tensor] | None = None  # on the CPU; only if the validation accuracy is the best so far
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -45,12 +45,9 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout draws from the global generator
     steps_per_epoch = -(-len(train) // config.batch_size)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.epochs * steps_per_epoch, anneal_strategy="linear"
-    )
+    rate, steps = config.learning_rate, config.epochs * steps_per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=config.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, anneal_strategy="linear")
     step, losses, best = 0, [], -1.0
     for epoch in range(1, config.epochs + 1):
         for images, labels in batches(train, config.batch_size, generator, flip=config.flip):
@@ -61,10 +58,11 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
                 yield Record(step, epoch, {"train_loss": _mean(losses)})
         metrics = {f"val_{name}": value for name, value in evaluate(model, validation).items()}
         metrics |= {"train_loss": _mean(losses), "learning_rate": float(learning_rate)}
-        is_best = metrics["val_accuracy"] > best
-        best = max(best, metrics["val_accuracy"])
-        weights = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
-        yield Record(step, epoch, metrics, weights if is_best else None)
+        weights = None
+        if metrics["val_accuracy"] > best:
+            best = metrics["val_accuracy"]
+            weights = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+        yield Record(step, epoch, metrics, weights)
     model.to(memory_format=torch.contiguous_format)  # torch.export warns of any other
 
 

@@ -27,7 +27,7 @@ from mlflow.entities import Run
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-Work = Callable[[optuna.Study, TuneConfig, FashionData], Generator[None]]
+Work = Callable[[optuna.Study, TuneConfig, FashionData], Generator[None]]  # does trials, and yields now and then
 
 
 class _Surplus(Exception):
@@ -69,7 +69,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
 
 
 def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Generator[None]:
-    """Do trials until those that are done and those that run, here or elsewhere, reach `config.trials`; yield each."""
+    """Do trials until those done and running, here or elsewhere, reach `config.trials`; yield after each."""
 
     def objective(trial: optuna.Trial) -> float:
         if sum(each.number < trial.number for each in done(study) + running(study)) >= config.trials:
@@ -144,7 +144,7 @@ def _see_to_trials(study: optuna.Study, config: TuneConfig, data: FashionData, w
 
 
 def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> None:
-    """Record the winner on the parent run, score a new one on the test split, log its model and the study's plots."""
+    """Record the winner and the study's plots on the parent run; if the winner is new, test it and log its model."""
     if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
         raise DemoError("no trial was completed: the child runs have the errors.")
     best = study.best_trial

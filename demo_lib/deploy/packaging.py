@@ -35,6 +35,7 @@ def log_classifier(network_uri: str) -> ModelInfo:
 def reason(error: Exception | str) -> str:
     """Return the first line of why MLflow or a model refused, 200 characters at most, without the data it repeats."""
     text = str(error).strip() or type(error).__name__
+    # "Failed to enforce schema of data '[[0 0 ...]]'. Error: Shape of input ... does not match ..."
     return textwrap.shorten(text.rpartition("]'. Error: ")[2].splitlines()[0], 200, placeholder=" ...")
 
 

@@ -1,7 +1,7 @@
 """The model registry: a gate before the alias `champion`, and the reasons on each version."""
 
 import io
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -42,7 +42,7 @@ def train_classifier(config: TrainConfig, experiment: str = "train") -> ModelInf
 
 
 def first_champion(model_name: str, config: TrainConfig) -> ModelVersion:
-    """Return the champion; if there is none, train, package, register and promote one first, in `train`."""
+    """Return the champion; if there is none, train (in the experiment `train`), package, register and promote one."""
     open_store()
     if find_champion(model_name) is None:
         classifier = train_classifier(config)
@@ -114,7 +114,9 @@ def _judge(candidate: ModelVersion, champion: ModelVersion | None, min_gain: flo
 
 
 def _accuracy(version: ModelVersion, data: FashionData) -> float:
-    digest = version.run_id and MlflowClient().get_run(version.run_id).data.tags.get("data_digest")
+    digest = None
+    with suppress(MlflowException):  # its run is gone
+        digest = version.run_id and MlflowClient().get_run(version.run_id).data.tags.get("data_digest")
     if digest != data.digest:  # it may have seen the gate's images
         why = f"was trained on other data (digest {digest or 'unknown'}) than {data.name} here (digest {data.digest})"
         raise DemoError(f"version {version.version} of {version.name!r} {why}: promote it where its data is.")
@@ -122,6 +124,6 @@ def _accuracy(version: ModelVersion, data: FashionData) -> float:
         model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
         labels = model.predict(raw_images(data.gate))["label"]
     except Exception as error:  # the model's own code may raise anything
-        why = f"can't be judged ({reason(error)}): mend that, or register what `log_classifier` made"
+        why = f"can't be judged ({reason(error)}): correct that, or register what `log_classifier` made"
         raise DemoError(f"version {version.version} of {version.name!r} {why}.") from None
     return float((labels == [CLASSES[label] for label in data.gate.labels]).mean())

@@ -1,4 +1,4 @@
-"""Running things: each room is called by a command of the same name or by a lesson, and calls the core.
+"""Running things; these modules call the core.
 
 `processes` starts programs that end with their owner, which `guard` sees to, and finds ports. `batch` runs lessons,
 `workers` a study's trials in processes, `reproduce` trains a run again, `doctor` looks at the machine.

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from demo_lib.config import DemoError, TrainConfig, tracking_uri
 from demo_lib.ops.processes import Finding, examine_one
@@ -20,11 +20,14 @@ def _packages() -> str:
     try:
         import torch
         import torchvision  # noqa: F401  (the import is the check: a mismatched pair fails here)
+
+        versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    except PackageNotFoundError as error:
+        raise DemoError(f"{error.name} is not installed: run `make setup`.") from None
     except (ImportError, RuntimeError, OSError) as error:
         raise DemoError(f"torch and torchvision don't fit ({error}): install both from the same index.") from None
     from demo_lib.training import pick_device
 
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     trains = f"PyTorch trains on {pick_device(TrainConfig())} with {torch.get_num_threads()} of {os.cpu_count()} cores"
     return f"Python {platform.python_version()} with {versions}; {trains}"
 
@@ -37,7 +40,7 @@ def _data() -> str:
 
 
 def _store() -> str:
-    from demo_lib.store import connect
+    from demo_lib.store import connect, without_login
 
     connect("00_start_here")
-    return tracking_uri()
+    return without_login(tracking_uri())

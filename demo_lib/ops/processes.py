@@ -99,7 +99,7 @@ def examine_one(name: str, check: Callable[[], str]) -> Finding:
     """Run a check, which says what is fine or raises what to do; it never keeps others from running."""
     try:
         return Finding(name, True, check())
-    except (DemoError, OSError) as error:
+    except (DemoError, OSError, ImportError) as error:
         return Finding(name, False, str(error))
 
 

@@ -12,14 +12,13 @@ from demo_lib.tracking import PACKAGES, provenance
 import pandas as pd
 import torch
 from mlflow.entities import Run
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
-LABELS = {MLFLOW_GIT_COMMIT: "commit", "python_version": "Python", "data_digest": "digest of the data"}
+LABELS = {"mlflow.source.git.commit": "commit", "python_version": "Python", "data_digest": "digest of the data"}
 LABELS |= {f"{package}_version": package for package in PACKAGES}
 
 
 class Comparison(NamedTuple):
-    """Whether the run of a training made again has the `same` values as the first, and what there is to say of it."""
+    """What `reproduce` found: the new `run`, whether its values are the `same`, and a sentence about it."""
 
     run: Run
     same: bool
@@ -32,8 +31,9 @@ class Comparison(NamedTuple):
 def reproduce(run_id: str, experiment: str = "reproduce") -> Comparison:
     """Train with the run's configuration in a new run, tagged `reproduces`, and compare; the id may be a prefix.
 
-    Prints first what differs here. Trains on the device that the run had, with as many CPU threads, which this process
-    keeps. An unknown run, one without a whole `TrainConfig`, or a device that is not here is a DemoError.
+    Prints first what differs here. Trains on the device that the run had, with as many CPU threads, and leaves this
+    process with that many. An unknown run, one without a whole `TrainConfig`, or a device that is not here is a
+    DemoError.
     """
     open_store()
     original = find_run(run_id)
@@ -58,7 +58,7 @@ def differences(original: Run) -> list[str]:
 
 
 def compare(original: Run, again: Run) -> Comparison:
-    """Compare the metrics that both runs have, but for times and the machine's load, value by value.
+    """Compare the metrics that both runs have, except times and the machine's load, value by value.
 
     A run that did not finish, such as a pruned trial, is compared as far as it came. Without a metric in common, it is
     a DemoError.

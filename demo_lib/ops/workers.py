@@ -29,7 +29,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
     command += ["--storage", storage] if storage else []
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.workers)),  # a share of the cores
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // config.workers)),
         "MLFLOW_TRACKING_URI": tracking_uri(),
         "DEMO_HOME": str(settings().home),
     }

@@ -125,7 +125,7 @@ def test_nobody_trains_or_chooses_on_the_images_of_the_gate(home, monkeypatch, t
         monkeypatch.setenv("DEMO_HOME", str(tmp_path))
         monkeypatch.setattr("demo_lib.data.DEBIAN", tmp_path / "none")
     gate = content(load_data().gate)
-    assert len(gate) == len(find_data().split("train")) // 12
+    assert len(gate) == len(find_data().train) // 12
     for size in (200, 4_000, 60_000):
         for seed in (0, 1, 7):
             data = load_data(TrainConfig(train_images=size, seed=seed))

@@ -86,7 +86,7 @@ def test_what_can_not_be_reproduced_is_one_sentence_and_exit_code_2(home, capsys
     assert main(["reproduce", run.info.run_id]) == 2
     assert "logged no train_images, batch_size" in capsys.readouterr().err
     assert main(["reproduce", "f" * 32]) == 2
-    assert "no run has the id" in capsys.readouterr().err
+    assert "no run's id begins with" in capsys.readouterr().err
     assert mlflow.get_experiment_by_name("reproduce") is None
     if not torch.cuda.is_available():
         original = train(CONFIG)
