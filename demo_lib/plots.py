@@ -19,7 +19,7 @@ def image_grid(images: Sequence[ArrayLike], titles: Sequence[str], columns: int 
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(np.squeeze(image), cmap="gray_r")
+        axis.imshow(np.asarray(image).squeeze(), cmap="gray_r")
         axis.set_title(title, fontsize=9)
     return figure
 

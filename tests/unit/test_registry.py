@@ -185,7 +185,7 @@ def test_a_missing_model_or_version_is_one_sentence(versions, name, number):
 def test_a_version_that_is_no_classifier_is_one_sentence(versions):
     run_id = MlflowClient().get_model_version("m", versions.good).run_id
     network = mlflow.register_model(f"runs:/{run_id}/best_model", "m").version
-    sentence = f"^version {network} of 'm' can't be judged .*: mend that, or register what `log_classifier` made.$"
+    sentence = f"^version {network} of 'm' can't be judged .*: correct that, or register what `log_classifier` made.$"
     with pytest.raises(DemoError, match=sentence):
         promote("m", network)
     assert tags(network) == {}

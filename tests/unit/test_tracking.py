@@ -69,7 +69,7 @@ def test_a_deleted_experiment_is_named_and_what_to_do(home):
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "store").touch()
     monkeypatch.setenv("DEMO_HOME", str(tmp_path))
-    with pytest.raises(DemoError, match=r"can't be made .*DEMO_HOME"):
+    with pytest.raises(DemoError, match=r"can't be used .*DEMO_HOME"):
         connect("anything")
 
 
@@ -115,7 +115,7 @@ def test_without_git_only_the_commit_is_missing(home, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        ("sqlite:///{home}/store", r"store can't be made \(Is a directory\): set DEMO_HOME or MLFLOW_TRACKING_URI"),
+        ("sqlite:///{home}/store", r"store can't be used \(.*Is a directory.*\): set DEMO_HOME or MLFLOW_TRACKING_URI"),
         ("{home}/mlruns", "is no store: set it to a server's http address, to sqlite:/// and the path of a file"),
         ("foo://bar", "MLFLOW_TRACKING_URI = 'foo://bar' is no store"),
         ("sqlite://", "MLFLOW_TRACKING_URI = 'sqlite://' is no store"),
@@ -125,6 +125,12 @@ def test_an_address_that_is_no_store_is_one_sentence(home, monkeypatch, address,
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address.format(home=home))
     with pytest.raises(DemoError, match=sentence):
         connect("anything")
+
+
+def test_a_file_that_is_no_database_is_one_sentence(home):
+    (home / "store" / "mlflow.db").write_text("notes, " * 1000)
+    with pytest.raises(DemoError, match=r"can't be used \(file is not a database\)"):
+        open_store()
 
 
 def test_sqlite_is_told_once_that_the_table_of_last_values_is_large(tmp_path, monkeypatch):
