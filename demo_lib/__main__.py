@@ -3,8 +3,9 @@
 import argparse
 import os
 import shutil
-import subprocess
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -150,8 +151,6 @@ def _plot(given: argparse.Namespace) -> None:
     open_store()
     run = find_run(given.run_id)
     history = histories([run.info.run_id], ["train_loss", "val_loss"])
-    if "train_loss" not in set(history.metric):
-        raise DemoError(f"run {run.info.run_id} has logged no train_loss: choose another run.")
     figure = loss_curve(history, f"Loss of {run.info.run_name}")
     MlflowClient().log_figure(run.info.run_id, figure, "loss_curve.png")
     _say(run, "logged loss_curve.png")
@@ -175,23 +174,29 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 
 def _ui(given: argparse.Namespace) -> int:
-    from demo_lib.ops.processes import port_user
+    from demo_lib.ops.processes import OwnedProcess
     from demo_lib.store import open_store, without_login
 
     uri, port = tracking_uri(), settings().ui_port
     if uri.startswith("http"):
         raise DemoError(f"the runs are on a server: open {without_login(uri)} in a browser.")
     open_store()
-    if port_user(port) != "nobody":
-        todo = f"if it is the MLflow UI, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
-        raise DemoError(f"a program listens on port {port}: {todo}.")
-    # One worker and no job runner: two processes instead of a dozen.
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        todo = f"if the MLflow UI is there, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
+        raise DemoError(f"port {port} can't be listened on ({error.strerror}): {todo}.") from None
+    # One worker and no job runner: two processes instead of a dozen. The address may hold a password: not on the line.
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--uvicorn-opts", "--log-level=warning", "--backend-store-uri", uri]
+    command += ["--uvicorn-opts", "--log-level=warning"]
     if (database := sqlite_file(uri)) is not None:
         command += ["--artifacts-destination", str(database.parent / "artifacts")]
     print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
-    return subprocess.call(command, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    with OwnedProcess(command, None, os.environ | environment) as server:
+        while server.exit_code is None:
+            time.sleep(0.2)
+    return server.exit_code
 
 
 if __name__ == "__main__":

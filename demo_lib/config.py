@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     data_dir: AbsolutePath | None = Field(None, description="folder with the four Fashion-MNIST files, looked in first")
     download: bool = Field(True, description="whether the data may be downloaded when it is not on this machine")
     ui_port: int = Field(5050, ge=1, le=65535, description="port of the MLflow UI (5000 is AirPlay's on macOS)")
+    storage: str = Field("", description="database of Optuna's studies; empty: store/optuna.db in the home")
     batch_id: str = Field("", description="set by the batch run for the lessons that it starts")
 
 
@@ -76,7 +77,9 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def sqlite_uri(database: Path) -> str:
-    """Return the address of a SQLite store."""
+    """Return the address of a SQLite store, which can't say every path."""
+    if {"?", "%"} & {*str(database)}:
+        raise DemoError(f"MLflow can't keep a database in {database}: choose a folder without ? and % in its path.")
     return f"sqlite:///{database.as_posix()}"
 
 

@@ -85,8 +85,7 @@ def load_data(config: TrainConfig | None = None) -> FashionData:
     others, gate = members[:, :-kept], members[:, -kept:]
     drawn = torch.rand(others.shape, generator=torch.Generator().manual_seed(config.seed)).argsort(dim=1, stable=True)
     order = others.gather(1, drawn).T.flatten()  # the classes in turn: any stretch has each as often, give or take one
-    size = min(config.train_images, len(order))
-    held_out = size // 12
+    held_out = (size := min(config.train_images, len(order))) // 12
     parts = order[: size - held_out], order[-held_out:], gate.T.flatten()
     train, validation, gated = (Split(images[part], labels[part]) for part in parts)
     return replace(whole, train=train, validation=validation, gate=gated)

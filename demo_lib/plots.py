@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
+from demo_lib.config import DemoError
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 COLORS = color_sequences["petroff8"]  # told apart by colour-blind people
 
 
-def image_grid(images: Sequence[ArrayLike], titles: Sequence[str], columns: int = 5) -> Figure:
+def image_grid(images: Sequence, titles: Sequence[str], columns: int = 5) -> Figure:
     """Draw grey images of shape (N, 1, 28, 28) in rows of `columns`, each under its title."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), layout="constrained", squeeze=False)
@@ -27,11 +28,11 @@ def image_grid(images: Sequence[ArrayLike], titles: Sequence[str], columns: int 
 def loss_curve(history: pd.DataFrame, title: str) -> Figure:
     """Draw one run's `train_loss` by optimizer step, and its `val_loss` with a thin line at each epoch's end.
 
-    `history` has the columns run_id, metric, step, value. Without a `train_loss`, or with several runs: a ValueError.
+    `history` has the columns run_id, metric, step, value. Without a `train_loss`, or with several runs: a DemoError.
     """
     train, validation = (history[history["metric"] == f"{name}_loss"] for name in ("train", "val"))
     if train["run_id"].nunique() != 1:
-        raise ValueError("a loss curve shows the train_loss of one run: select the rows of one run_id that has it.")
+        raise DemoError("a loss curve shows the train_loss of one run: select the rows of one run_id that has it.")
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axis.set(title=title, xlabel="optimizer step", ylabel="cross-entropy")
     axis.plot(train["step"], train["value"], color=COLORS[0], label="train_loss")

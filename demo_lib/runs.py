@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from demo_lib.config import DemoError, TrainConfig, tracking_uri, whole_file
-from demo_lib.store import own_name
+from demo_lib.store import own_name, without_login
 
 import mlflow
 import pandas as pd
@@ -31,7 +31,8 @@ def find_run(run_id: str) -> Run:
         raise DemoError(f"the ids of several runs begin with {run_id!r}: give more characters.")
     if found[0].info.lifecycle_stage == "deleted":
         full = found[0].info.run_id
-        raise DemoError(f"run {full} is deleted: `mlflow runs restore --run-id {full}` brings it back.")
+        todo = f"set MLFLOW_TRACKING_URI to {without_login(tracking_uri())} and `mlflow runs restore --run-id {full}`"
+        raise DemoError(f"run {full} is deleted: {todo}.")
     return found[0]
 
 
@@ -92,8 +93,7 @@ def export(run_id: str, path: str | Path) -> None:
 
     A run that is unknown or has not logged this, another ending, and a path that can't be written are a DemoError.
     """
-    path, run = Path(path), find_run(run_id)
-    kind = path.suffix.lower()
+    path, run, kind = Path(path), find_run(run_id), Path(path).suffix.lower()
     if kind in (".yaml", ".yml"):
         content = config_of(run).to_yaml().encode()
     elif kind not in (".csv", ".parquet"):

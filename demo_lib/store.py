@@ -58,7 +58,7 @@ def open_store() -> str:
         _ask_server(uri)
     elif uri.partition(":")[0].partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
         what = "set it to a server's http address, to sqlite:/// and the path of a file, or to a database's address"
-        raise DemoError(f"MLFLOW_TRACKING_URI = {uri!r} is no store: {what}, or unset it.")
+        raise DemoError(f"MLFLOW_TRACKING_URI = {without_login(uri)!r} is no store: {what}, or unset it.")
     mlflow.set_tracking_uri(uri)
     return uri
 

@@ -54,7 +54,7 @@ def equip(study: optuna.Study, config: TuneConfig, alone: bool) -> None:
 
 def open_storage(address: str | None = None) -> RDBStorage:
     """Open the storage of studies at the address, by default a SQLite file; errors are those of `open_study`."""
-    address = address or sqlite_uri(settings().home / "store" / "optuna.db")
+    address = address or settings().storage or sqlite_uri(settings().home / "store" / "optuna.db")
     database, of_mlflow = sqlite_file(address), sqlite_file(tracking_uri())
     if address == tracking_uri() or (database and of_mlflow and database.resolve() == of_mlflow.resolve()):
         raise DemoError(f"{without_login(address)} is MLflow's database: give Optuna one of its own.")
@@ -103,10 +103,8 @@ def return_to(parent_run_id: str) -> None:
         parent = None
     if parent is None or parent.info.lifecycle_stage == "deleted":
         what = f"the study's parent run is deleted, or not in the store {without_login(tracking_uri())}"
-        todo = f"restore it (`mlflow runs restore --run-id {parent_run_id}`), or give the study another name"
+        todo = f"set MLFLOW_TRACKING_URI and `mlflow runs restore --run-id {parent_run_id}`, or take another name"
         raise DemoError(f"{what}: {todo}.")
-    if "error" in parent.data.tags:  # of the call before
-        client.delete_tag(parent_run_id, "error")
     os.environ.pop("MLFLOW_RUN_ID", None)
     mlflow.set_experiment(experiment_id=parent.info.experiment_id)
 

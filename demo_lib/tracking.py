@@ -50,8 +50,8 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
 
         import torch
 
-        tags |= {"device": str(pick_device(config)), "cpu_threads": str(torch.get_num_threads())}
-        tags |= {"seed": str(config.seed)}
+        threads = str(torch.get_num_threads())
+        tags |= {"device": str(pick_device(config)), "cpu_threads": threads, "seed": str(config.seed)}
     return tags
 
 
@@ -132,8 +132,7 @@ def log_datasets(data: FashionData) -> None:
     from demo_lib.data import ADDRESS
 
     for context, split in {"training": data.train, "validation": data.validation}.items():
-        images, labels = split.images.numpy(), split.labels.numpy()
-        dataset = from_numpy(images, ADDRESS, targets=labels, name=data.name)
+        dataset = from_numpy(split.images.numpy(), ADDRESS, targets=split.labels.numpy(), name=data.name)
         mlflow.log_input(dataset, context=context)
 
 

@@ -52,7 +52,7 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
     for epoch in range(1, config.epochs + 1):
         for images, labels in batches(train, config.batch_size, generator, flip=config.flip):
             learning_rate = schedule.get_last_lr()[0]
-            losses.append(_train_step(model, images, labels, optimizer, schedule))
+            losses.append(_step(model, images, labels, optimizer, schedule))
             step += 1
             if step % config.log_every == 0 and step % steps_per_epoch:
                 yield Record(step, epoch, {"train_loss": _mean(losses)})
@@ -80,16 +80,15 @@ def predict(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    channels_last = {"memory_format": torch.channels_last}
-    shown = (images.contiguous(**channels_last) for images, _ in batches(split.to(device), batch_size))
-    logits = torch.cat([model(images) for images in shown])
+    parts = (
+        images.contiguous(memory_format=torch.channels_last) for images, _ in batches(split.to(device), batch_size)
+    )
+    logits = torch.cat([model(images) for images in parts])
     model.train(was_training)
     return logits
 
 
-def _train_step(
-    model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer, schedule: LRScheduler
-) -> Tensor:
+def _step(model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer, schedule: LRScheduler) -> Tensor:
     """Take one optimizer step and return its loss, still on the device: reading it would wait for a GPU."""
     model.train()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=_has_bfloat16(images.device)):

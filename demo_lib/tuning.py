@@ -147,12 +147,14 @@ def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> Non
     """Record the winner and the study's plots on the parent run; if the winner is new, test it and log its model."""
     if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
         raise DemoError("no trial was completed: the child runs have the errors.")
-    best = study.best_trial
-    run_id = best.user_attrs["run_id"]
+    best, run_id = study.best_trial, study.best_trial.user_attrs["run_id"]
     mlflow.log_metric("best_val_accuracy", best.value, step=best.number)
     for name, figure in study_figures(study).items():
         mlflow.log_figure(figure, f"study/{name}.png")
-    if mlflow.get_run(mlflow.active_run().info.run_id).data.tags.get("best_run_id") == run_id:
+    tags = mlflow.get_run(mlflow.active_run().info.run_id).data.tags
+    if "error" in tags:
+        mlflow.delete_tag("error")  # of a call that was interrupted
+    if tags.get("best_run_id") == run_id:
         return
     model = build_model(config.train_config(**best.params))
     path = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="weights.pt")

@@ -109,7 +109,7 @@ def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
         new = participants.add(settings, names, partial(participants.write_sheet, given.sheet))
         print(f"{len(new)} new, {len(names) - len(new)} already there.")
     elif given.action == "list":
-        print(*participants.participants(settings), sep="\n")
+        print(*participants.participants(settings) or ["no participants yet."], sep="\n")
     elif given.action == "reset":
         print(participants.reset(settings, given.name))
         print(f"the old password may work for up to {process.CACHE_SECONDS} s more.", file=sys.stderr)
@@ -128,4 +128,5 @@ def _progress(settings: ServerSettings, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    process.ends_interrupt()
     sys.exit(main())

@@ -158,8 +158,8 @@ class Server:
                 self.start()
 
 
-def start(settings: ServerSettings) -> None:
-    """Run the server in the foreground until Ctrl-C, SIGTERM or its terminal closes, and start again what dies."""
+def ends_interrupt() -> None:
+    """Make Ctrl-C, SIGTERM and a terminal that closes the same exception, so that what is open is closed."""
 
     def interrupt(signum: int, frame: object) -> None:
         for each in ENDS:  # a second Ctrl-C would leave half of it running
@@ -169,6 +169,10 @@ def start(settings: ServerSettings) -> None:
     for signum in ENDS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup makes it
             signal.signal(signum, interrupt)
+
+
+def start(settings: ServerSettings) -> None:
+    """Run the server in the foreground until an interrupt, and start again what dies."""
     with suppress(KeyboardInterrupt), running(settings) as server:
         print(f"MLflow {settings.profile} server on {settings.url} (stop it with Ctrl-C or `python -m server stop`)")
         print(f"log: {settings.folder / LOG}", flush=True)

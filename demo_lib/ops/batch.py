@@ -56,7 +56,12 @@ def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[
     a parameter that no chosen lesson declares, and a value of the wrong type are a DemoError.
     """
     notebooks = list(dict.fromkeys(_find(name) for name in names)) or lessons()
-    declared = {notebook: pm.inspect_notebook(notebook) for notebook in notebooks}
+    declared = {}
+    for notebook in notebooks:
+        try:
+            declared[notebook] = pm.inspect_notebook(notebook)
+        except Exception as error:  # of JSON, of nbformat, of papermill
+            raise DemoError(f"{notebook} is no notebook ({type(error).__name__}): correct it.") from None
     known = {name: inferred["inferred_type_name"] for each in declared.values() for name, inferred in each.items()}
     values = {}
     for name, value in params.items():

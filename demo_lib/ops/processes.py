@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import IO
@@ -28,7 +27,7 @@ if hasattr(os, "register_at_fork"):  # a fork that held them open would be one m
 
 
 class OwnedProcess(AbstractContextManager):
-    """A command in the background, with its output in the file `log`, that never outlives its owner.
+    """A command in the background, with its output in the file `log` (None: shown), that never outlives its owner.
 
     It ends with its process group at `stop()`, at the end of a `with` block, when no variable holds this any more, and
     when the process that started it ends, in whatever way. Asked to end, it has `patience` seconds to do so.
@@ -37,7 +36,7 @@ class OwnedProcess(AbstractContextManager):
     def __init__(
         self,
         command: Sequence[str],
-        log: IO[bytes] | int,
+        log: IO[bytes] | int | None,
         environment: Mapping[str, str],
         folder: Path | None = None,
         patience: float = 15,
@@ -108,19 +107,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def port_user(port: int) -> str:
-    """Say who listens on this machine's port: `mlflow`, `other` or `nobody`."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        if probe.connect_ex(("127.0.0.1", port)) != 0:
-            return "nobody"
-    try:
-        answer = requests.get(f"http://127.0.0.1:{port}/version", timeout=2).text
-    except requests.RequestException:
-        return "other"
-    return "mlflow" if answer == version("mlflow") else "other"
 
 
 def wait_for_health(url: str, runs: Callable[[], bool], seconds: float, ours: Callable = lambda: True) -> None:

@@ -27,11 +27,11 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     if storage == MEMORY:
         raise DemoError("a study in memory can't be shared by processes: keep 1 worker, or give another storage.")
     command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
-    command += ["--storage", storage] if storage else []
     environment = os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // config.workers)),
         "MLFLOW_TRACKING_URI": tracking_uri(),
         "DEMO_HOME": str(settings().home),
+        "DEMO_STORAGE": storage or settings().storage,  # not on the command line: it may hold a password
     }
 
     def work(study: optuna.Study, config: TuneConfig, data: object) -> Generator[None]:

@@ -119,4 +119,4 @@ def test_links_open_the_right_pages_in_a_fresh_profile(home, ui, browser):
 def test_a_second_ui_on_the_port_is_refused_with_the_address(home, ui):
     done = subprocess.run([sys.executable, "-m", "demo_lib", "ui"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"if it is the MLflow UI, open {ui}, else set DEMO_UI_PORT" in done.stderr
+    assert f"if the MLflow UI is there, open {ui}, else set DEMO_UI_PORT" in done.stderr

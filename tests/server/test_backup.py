@@ -193,6 +193,10 @@ def lose_manifest(folder):
     (folder / "manifest.json").unlink()
 
 
+def write_another_manifest(folder):
+    (folder / "manifest.json").write_text('{"files": 3}')
+
+
 def change_version(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"mlflow": "2.0"}))
@@ -205,6 +209,7 @@ def change_version(folder):
         (lose_file, r"damaged at artifacts/.*text.txt"),
         (add_file, r"damaged at artifacts/more"),
         (lose_manifest, r"no readable manifest.json"),
+        (write_another_manifest, r"no readable manifest.json"),
         (change_version, r"is of MLflow 2.0"),
     ],
 )

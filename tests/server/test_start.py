@@ -229,6 +229,22 @@ def test_stop_says_that_nothing_runs(tmp_path):
 OTHER_ENDS = ("SIGHUP", "stop", "stop after the supervisor was killed")
 
 
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_every_way_to_end_a_command_is_the_same_exception(end):
+    code = f"""
+import signal
+from server.process import ends_interrupt
+ends_interrupt()
+try:
+    signal.raise_signal(signal.{end})
+except KeyboardInterrupt:
+    signal.raise_signal(signal.{end})  # a second one changes nothing
+    print("closed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=normal_signals)
+    assert (done.returncode, done.stdout) == (0, "closed\n"), done.stderr
+
+
 @pytest.mark.parametrize("end", ["SIGTERM", *(pytest.param(end, marks=pytest.mark.slow) for end in OTHER_ENDS)])
 def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
     port = free_port()

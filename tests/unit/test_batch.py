@@ -75,6 +75,13 @@ def test_bad_names_and_values_are_refused_before_anything_runs(names, params, me
     assert not (tmp_path / "build").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "not JSON"])
+def test_a_file_that_is_no_notebook_is_named(tmp_path, text):
+    (tmp_path / "broken.ipynb").write_text(text)
+    with pytest.raises(DemoError, match=r"broken\.ipynb is no notebook"):
+        plan([str(tmp_path / "broken.ipynb")], {}, tmp_path / "build")
+
+
 def test_each_lesson_gets_its_own_parameters_with_their_types(tmp_path):
     first, second = plan(["00", "01"], {"train_images": "500", "learning_rate": "1e-3", "flip": "true"}, tmp_path)
     assert first.params == {"train_images": 500}

@@ -1,12 +1,17 @@
 """The command line: one call of a kind in a process of its own, as a user makes it, the others in this one."""
 
+import sys
 from types import SimpleNamespace
 
 from demo_lib.__main__ import main
+from demo_lib.ops.processes import free_port
 
 import mlflow
 import pandas as pd
+import psutil
 import pytest
+
+from tests.tools.processes import serving, wait_until
 
 QUICK = ["--train-images", 600, "--epochs", 1, "--channels", 4, "--device", "cpu"]
 
@@ -53,10 +58,7 @@ def test_train_logs_what_was_asked_for(home, cli, tmp_path):
         (["train", "--epochs", "0"], "epochs = '0' is not allowed: it should be greater than or equal to 1."),
         (["train", "--config", "none.yaml"], "none.yaml can't be read"),
         (["train", "--epoch", "1"], "unrecognized arguments: --epoch"),
-        (
-            ["train", "--flip", "maybe"],
-            "flip = 'maybe' is not allowed: it should be a valid boolean, unable to",
-        ),
+        (["train", "--flip", "maybe"], "flip = 'maybe' is not allowed: it should be a valid boolean, unable to"),
         (["run", "77"], "there is no lesson '77'; there are: 00_start_here"),
         (["run", "01", "-p", "epochs", "x"], "parameter epochs = 'x' must be of type int."),
         (["run", "-f", "none.yaml"], "none.yaml can't be read"),
@@ -75,6 +77,30 @@ def test_bad_input_is_one_sentence_and_exit_code_2(call, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("variable", "address", "arguments"),
+    [
+        ("MLFLOW_TRACKING_URI", "ftp://ann:geheim@host", ["plot", "abcd"]),
+        ("MLFLOW_TRACKING_URI", "http://ann:geheim@127.0.0.1:9", ["ui"]),
+        ("DEMO_STORAGE", "postgresql://ann:geheim@127.0.0.1:9/db", ["tune", "--trials", "1"]),
+    ],
+)
+def test_no_sentence_shows_a_password(call, monkeypatch, variable, address, arguments):
+    monkeypatch.setenv(variable, address)
+    done = call(*arguments)
+    assert done.returncode == 2 and "geheim" not in done.stdout + done.stderr
+
+
+def test_the_ui_ends_with_the_command_however_it_ends(home, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("DEMO_UI_PORT", str(port))
+    with serving([sys.executable, "-m", "demo_lib", "ui"], f"http://127.0.0.1:{port}/health") as command:
+        server = psutil.Process(command.pid).children(recursive=True)
+        assert not [each for each in server if "sqlite" in " ".join(each.cmdline())]  # an address may hold a password
+        command.kill()
+        wait_until(lambda: not [each for each in server if each.is_running()])
 
 
 def test_bad_input_ends_the_process_with_2_and_no_traceback(cli):

@@ -111,3 +111,10 @@ def test_a_relative_store_becomes_absolute(monkeypatch, tmp_path):
 def test_the_store_of_the_environment_wins(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org")
     assert tracking_uri() == "https://example.org"
+
+
+@pytest.mark.parametrize("name", ["what?", "50%"])
+def test_a_home_whose_path_no_address_can_say_is_refused(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("DEMO_HOME", str(tmp_path / name))
+    with pytest.raises(DemoError, match=r"choose a folder without \? and %"):
+        tracking_uri()

@@ -111,7 +111,7 @@ MAY_LOAD = {
     "study": TUNING - {"torch"},
     "tuning": TUNING,
     "runs": TABLES,
-    "plots": {"matplotlib.pyplot", "pandas"},
+    "plots": CONFIG | {"matplotlib.pyplot", "pandas"},
     "recipe": NETWORK | TRACKING | {"tqdm"},
     "ops.guard": {"psutil"},
     "ops.processes": CONFIG | {"requests"},

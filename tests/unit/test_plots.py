@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+from demo_lib.config import DemoError
 from demo_lib.plots import image_grid, loss_curve
 
 import matplotlib.pyplot as plt
@@ -65,5 +66,5 @@ def test_loss_curve_of_a_run_that_ended_within_its_first_epoch_has_no_val_loss()
 
 def test_loss_curve_refuses_two_runs_and_nothing():
     for rows in (pd.concat([TRAIN, TRAIN.assign(run_id="b" * 32)]), EMPTY, VALIDATION):
-        with pytest.raises(ValueError, match="a loss curve shows the train_loss of one run"):
+        with pytest.raises(DemoError, match="a loss curve shows the train_loss of one run"):
             loss_curve(rows, "none")
