@@ -15,7 +15,7 @@ from demo_lib.ops.processes import OwnedProcess, live_output
 import psutil
 import pytest
 
-from tests.tools.processes import PATIENCE, wait_until
+from tests.tools.processes import PATIENCE, normal_signals, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="uses a shell")
 OWNER = """
@@ -76,7 +76,7 @@ def test_it_outlives_the_thread_that_started_it_but_not_its_guard_that_is_told_t
 
 @pytest.mark.parametrize("end", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_it_ends_with_its_owner(end):
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "preexec_fn": normal_signals}
     with subprocess.Popen([sys.executable, "-c", OWNER], **quiet) as owner:
         (process,) = below(int(owner.stdout.readline()))
         owner.send_signal(getattr(signal, end))

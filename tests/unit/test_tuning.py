@@ -163,9 +163,7 @@ def test_a_study_goes_on_in_the_same_parent_run(home):
 def test_a_study_does_not_go_on_without_its_parent_run(home):
     first = tune(config(trials=1, study="on"))
     MlflowClient().delete_run(first.info.run_id)
-    with pytest.raises(
-        DemoError, match=rf"is deleted, or .*: restore it \(`.* restore --run-id {first.info.run_id}`\)"
-    ):
+    with pytest.raises(DemoError, match=f"is deleted, or .*and `mlflow runs restore --run-id {first.info.run_id}`"):
         tune(config(trials=2, study="on"))
     open_study(config(study="on")).set_user_attr("parent_run_id", "f" * 32)
     with pytest.raises(DemoError, match="is deleted, or not in the store sqlite"):
