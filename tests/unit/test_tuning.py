@@ -69,7 +69,7 @@ def check_study(home, name, trials, interrupted=False):
 
 
 def start(*arguments):
-    command = [sys.executable, "-m", "demo_lib", "tune", "--no-prune", "--train-images", "600", "--epochs", "3"]
+    command = [sys.executable, "-m", "demo_lib", "tune", "--prune", "false", "--train-images", "600", "--epochs", "3"]
     return subprocess.Popen(
         [*command, "--device", "cpu", *arguments],
         stdout=subprocess.PIPE,
