@@ -87,12 +87,12 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
     The child ends FINISHED, KILLED (pruned or interrupted) or FAILED, with Optuna's state in the tag `trial_state`; the
     weights of its best epoch are its artifact `weights.pt`. If the pruner gives it up, it raises `TrialPruned`.
     """
-    name, known = f"trial {trial.number}", {"study": config.study, "trial_number": trial.number, "trial_state": "FAIL"}
+    number = str(trial.number)
     try:
         train = suggest(trial, config)
-        tags = provenance(data, train) | known
+        tags = provenance(data, train) | {"study": config.study, "trial_number": number, "trial_state": "FAIL"}
         # parent_run_id as well as nested: in another process there is no active parent to nest in.
-        child = mlflow.start_run(run_name=name, nested=True, parent_run_id=parent_run_id, tags=tags)
+        child = mlflow.start_run(run_name=f"trial {number}", nested=True, parent_run_id=parent_run_id, tags=tags)
         with child, truthful_status():
             trial.set_user_attr("run_id", child.info.run_id)
             mlflow.log_params(train.model_dump())
