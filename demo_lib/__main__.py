@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -174,18 +173,15 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 
 def _ui(given: argparse.Namespace) -> int:
-    from demo_lib.ops.processes import OwnedProcess
+    from demo_lib.ops.processes import OwnedProcess, refuse_port
     from demo_lib.store import open_store, without_login
 
     uri, port = tracking_uri(), settings().ui_port
     if uri.startswith("http"):
         raise DemoError(f"the runs are on a server: open {without_login(uri)} in a browser.")
     open_store()
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        todo = f"if the MLflow UI is there, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
-        raise DemoError(f"port {port} can't be listened on ({error.strerror}): {todo}.") from None
+    todo = f"if the MLflow UI is there, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
+    refuse_port("127.0.0.1", port, todo)
     # One worker and no job runner: two processes instead of a dozen. The address may hold a password: not on the line.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -147,7 +147,7 @@ def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> Non
     """Record the winner and the study's plots on the parent run; if the winner is new, test it and log its model."""
     if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
         raise DemoError("no trial was completed: the child runs have the errors.")
-    best, run_id = study.best_trial, study.best_trial.user_attrs["run_id"]
+    run_id = (best := study.best_trial).user_attrs["run_id"]
     mlflow.log_metric("best_val_accuracy", best.value, step=best.number)
     for name, figure in study_figures(study).items():
         mlflow.log_figure(figure, f"study/{name}.png")

@@ -8,7 +8,7 @@ from demo_lib.config import DemoError
 import requests
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 # MLflow's private parts. Plain `mlflow gc` leaves the children of deleted runs and the files of deleted experiments'
@@ -84,7 +84,7 @@ def _find(store: SqlAlchemyStore, limit: int) -> Cleanup:
 
 
 def _deleted(table: Any, time: Any, limit: int) -> ColumnElement:
-    return (table.lifecycle_stage == "deleted") & (time <= limit)
+    return (table.lifecycle_stage == "deleted") & (func.coalesce(time, 0) <= limit)  # early MLflow noted no time
 
 
 def _remove(store: SqlAlchemyStore, found: Cleanup) -> None:

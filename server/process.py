@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 from demo_lib.config import DemoError, whole_file
 from demo_lib.ops.guard import alive, await_end, end_group, group
-from demo_lib.ops.processes import wait_for_health
+from demo_lib.ops.processes import refuse_port, wait_for_health
 
 import psutil
 
@@ -83,11 +82,7 @@ def refuse(settings: ServerSettings) -> None:
         raise DemoError(f"host {settings.host} lets others in without accounts: use --profile workshop or 127.0.0.1.")
     if read_state(settings) is not None:
         raise DemoError(f"a server already runs in {settings.folder}: use it, or end it with `python -m server stop`.")
-    try:
-        socket.create_server((settings.host, settings.port)).close()
-    except OSError as error:
-        why = f"{settings.host}:{settings.port} can't be listened on ({error.strerror})"
-        raise DemoError(f"{why}: choose another --port or --host.") from None
+    refuse_port(settings.host, settings.port, "choose another --port or --host")
     make_folders(settings)
 
 

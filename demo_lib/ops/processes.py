@@ -109,6 +109,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def refuse_port(host: str, port: int, todo: str) -> None:
+    """Raise a `DemoError` that says what to do if this machine's port can't be listened on."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise DemoError(f"{host}:{port} can't be listened on ({error.strerror}): {todo}.") from None
+
+
 def wait_for_health(url: str, runs: Callable[[], bool], seconds: float, ours: Callable = lambda: True) -> None:
     """Wait until the server answers, and `ours` says that it is not another one that does.
 
