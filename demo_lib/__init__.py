@@ -1,11 +1,13 @@
 """The small library behind the lessons of the MLflow demo series.
 
 Importing it sets defaults for PyTorch and for a quiet MLflow, without usage telemetry to its makers; the environment
-overrides each. Libraries read them when they are imported, so import `demo_lib` first.
+overrides each. Libraries read them when they are imported, so import `demo_lib` first. It also takes out of the
+environment what would send this machine's own requests, or the lessons' models, elsewhere.
 """
 
 import gc
 import os
+from urllib.request import getproxies
 
 for _name, _value in {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -20,6 +22,15 @@ for _name, _value in {
     "GIT_PYTHON_REFRESH": "quiet",  # a machine without git still imports MLflow and loses only the commit
 }.items():
     os.environ.setdefault(_name, _value)
+
+os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the lessons' models belong in the store of their runs, not in production
+
+# A proxy, of the environment or of the system's settings, can't reach this machine's own servers.
+_proxies = getproxies()
+_direct = [*filter(None, _proxies.pop("no", "").split(",")), "127.0.0.1", "localhost"]
+if _proxies and _direct[0] != "*":
+    os.environ |= {f"{_scheme}_proxy": _address for _scheme, _address in _proxies.items()}
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys(_direct))
 
 # With Python's 700 or 2,000, looking for garbage is a sixth of the time that imports take.
 if 0 < gc.get_threshold()[0] < 10_000:

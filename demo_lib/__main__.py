@@ -9,10 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from demo_lib.config import Config, DemoError, TrainConfig, TuneConfig, read_yaml, settings, sqlite_file, tracking_uri
+from demo_lib.config import (
+    Config,
+    DemoError,
+    TrainConfig,
+    TuneConfig,
+    read_yaml,
+    settings,
+    sqlite_file,
+    tracking_uri,
+    without_login,
+)
 
 # How to start this Python again: `make` does not activate the environment.
 PYTHON = "python" if shutil.which("python") == sys.executable else sys.executable
+
+STORES = ("mlflow", "optuna", "sqlalchemy")  # packages whose errors are the store's, not this code's
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         return 130
+    except Exception as error:
+        # A full disk, a store that went away: what is wrong stands in the first line, and SQL in the next.
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORES:
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,7 +192,7 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 def _ui(given: argparse.Namespace) -> int:
     from demo_lib.ops.processes import OwnedProcess, refuse_port
-    from demo_lib.store import open_store, without_login
+    from demo_lib.store import open_store
 
     uri, port = tracking_uri(), settings().ui_port
     if uri.startswith("http"):

@@ -1,6 +1,7 @@
 """Configurations: validated, frozen, from YAML, the command line or a run's parameters, and back to YAML."""
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ class DemoError(Exception):
 
 
 def lessons() -> list[Path]:
-    """Return the notebooks of all lessons in order."""
-    return sorted(LESSONS.glob("[0-9][0-9]_*.ipynb"))
+    """Return the notebooks of all lessons in order; none, as in a plain `pip install .`, is a DemoError."""
+    if found := sorted(LESSONS.glob("[0-9][0-9]_*.ipynb")):
+        return found
+    raise DemoError(f"the lessons are not in {LESSONS}: clone the repository, and there run `make setup`.")
 
 
 @contextmanager
@@ -72,15 +75,21 @@ def tracking_uri() -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """Return the absolute path of a SQLite store, None for any other address."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    """Return the absolute path of a SQLite database, None for any other address."""
+    found = re.match(r"sqlite(?:\+\w+)?:///(.+)", uri)
+    return Path(found[1]).absolute() if found else None
 
 
 def sqlite_uri(database: Path) -> str:
     """Return the address of a SQLite store, which can't say every path."""
     if {"?", "%"} & {*str(database)}:
-        raise DemoError(f"MLflow can't keep a database in {database}: choose a folder without ? and % in its path.")
+        raise DemoError(f"the database {database} can't be used: leave ? and % out of its address, and of its path.")
     return f"sqlite:///{database.as_posix()}"
+
+
+def without_login(uri: str) -> str:
+    """Return the address as it may be shown: without a name and a password."""
+    return re.sub("//.*@|(?<=password=)[^&]*", lambda found: "//" if found[0].startswith("//") else "***", uri)
 
 
 class Config(BaseModel):

@@ -109,18 +109,18 @@ def batches(
         yield images, split.labels[index.to(device)]
 
 
-def find_data() -> FashionData:
+def find_data(download: bool = True) -> FashionData:
     """Return the first of: DEMO_DATA_DIR, the cache, Debian's package, torchvision's download, the shipped sample.
 
-    It is not split yet: all its training images are in `train`. Every file is checked against its SHA-256; one that is
-    missing, damaged or unreadable is a DemoError.
+    There is no download if `download` or DEMO_DOWNLOAD is false. The data is not split yet: all its training images are
+    in `train`. Every file is checked against its SHA-256; one that is missing, damaged or unreadable is a DemoError.
     """
     options, cache = settings(), settings().home / "data"
     if options.data_dir:
         return _read(f"folder {options.data_dir}", options.data_dir)
     if not (cache / RAW).is_dir() and DEBIAN.is_dir():
         return _read("Debian's package", DEBIAN)
-    if (cache / RAW).is_dir() or (options.download and _download(cache)):
+    if (cache / RAW).is_dir() or (download and options.download and _download(cache)):
         return _read("the cache", cache)
     return _read("the shipped sample of 9,800 images, NOT the whole set", SAMPLE)
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo_lib.config import DemoError, TrainConfig, tracking_uri, whole_file
-from demo_lib.store import own_name, without_login
+from demo_lib.config import DemoError, TrainConfig, tracking_uri, whole_file, without_login
+from demo_lib.store import own_name
 
 import mlflow
 import pandas as pd

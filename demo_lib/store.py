@@ -2,21 +2,17 @@
 
 import html
 import os
-import re
 import socket
-import sqlite3
-from contextlib import closing, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote
 
-from demo_lib.config import DemoError, settings, sqlite_file, sqlite_uri, tracking_uri, whole_file
+from demo_lib.config import DemoError, settings, sqlite_file, tracking_uri, without_login
+from demo_lib.identity import lives
 
 import mlflow
-import psutil
-from filelock import FileLock
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Experiment, Run, ViewType
+from mlflow.entities import Experiment, Run
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.environment_variables import MLFLOW_RUN_ID
 
@@ -44,7 +40,8 @@ def connect(experiment: str) -> Experiment:
                     client.create_experiment(name, location)
             found = mlflow.set_experiment(name)
         except MlflowException as error:
-            raise DemoError(f"experiment {name!r} can't be used: {error.message}") from None
+            reason = error.message.partition("\n")[0]  # the next lines are SQL
+            raise DemoError(f"experiment {name!r} can't be used: {reason}") from None
     close_stale_runs([found.experiment_id])
     return found
 
@@ -52,13 +49,14 @@ def connect(experiment: str) -> Experiment:
 def open_store() -> str:
     """Choose the tracking store as `connect` does, with the same errors but no experiment, and return its address."""
     uri = tracking_uri()
-    if (database := sqlite_file(uri)) is not None:
-        make_store(database)
-    elif uri.startswith("http"):
+    if uri.startswith("http"):
+        if _login():  # requests would put a login of the file netrc in its place
+            os.environ["NETRC"] = os.devnull
         _ask_server(uri)
-    elif uri.partition(":")[0].partition("+")[0] not in ("postgresql", "mysql", "mssql", "databricks"):
-        what = "set it to a server's http address, to sqlite:/// and the path of a file, or to a database's address"
-        raise DemoError(f"MLFLOW_TRACKING_URI = {without_login(uri)!r} is no store: {what}, or unset it.")
+    elif not uri.startswith("databricks"):
+        from demo_lib.databases import open_database  # late: it takes a while to load
+
+        open_database(uri)
     mlflow.set_tracking_uri(uri)
     return uri
 
@@ -103,25 +101,11 @@ def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
     return Link(f"{base}/#/experiments/{page}?workflowType=machine_learning", f"{text} in the MLflow UI")
 
 
-def this_process() -> str:
-    """Return what tells this process from all others: host, process id and start, as in a run's tag `process`."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
-
-
-def died_here(run: Run) -> bool:
-    """Whether the run's process was on this machine and is gone; its start tells it from a later one of that pid."""
-    host, pid, start = run.data.tags["process"].rsplit(":", 2)
-    try:
-        return host == socket.gethostname() and abs(psutil.Process(int(pid)).create_time() - float(start)) >= 2
-    except psutil.NoSuchProcess:
-        return True
-
-
 def close_stale_runs(experiment_ids: list[str]) -> None:
     """End as KILLED the runs left RUNNING by processes of this machine that are gone."""
     unfinished = f"attributes.status = 'RUNNING' AND tags.process LIKE '{socket.gethostname()}:%'"
-    for run in MlflowClient().search_runs(experiment_ids, unfinished, ViewType.ALL):
-        if died_here(run):
+    for run in MlflowClient().search_runs(experiment_ids, unfinished):  # one that is deleted can't be changed
+        if lives(run.data.tags["process"]) is False:
             kill_run(run.info.run_id)
 
 
@@ -132,47 +116,14 @@ def kill_run(run_id: str) -> None:
     client.set_terminated(run_id, "KILLED")
 
 
-def make_store(database: Path) -> None:
-    """Make the SQLite store if it is not there; a place that can't be written, or is a folder, is a DemoError."""
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        # One process makes the tables while others wait: they would break each other's.
-        with FileLock(database.with_name(f".{database.name}.lock")) if not database.is_file() else nullcontext():
-            if not database.is_file():
-                with whole_file(database) as partial:
-                    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # private; takes a second
-
-                    # MLflow's only public way to make the tables is to start a whole server.
-                    SqlAlchemyStore(sqlite_uri(partial), (database.parent / "artifacts").as_uri())._dispose_engine()
-        _speed_up_sorting(database)
-    except (OSError, sqlite3.DatabaseError) as error:
-        what = "set DEMO_HOME or MLFLOW_TRACKING_URI to a place that can be written, and where no other file lies"
-        raise DemoError(f"the store {database} can't be used ({error}): {what}.") from None
-
-
-def _speed_up_sorting(database: Path) -> None:
-    """Tell SQLite's planner that `latest_metrics` is large: else sorting runs by a metric takes quadratic time."""
-    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database, timeout=5)) as connection, connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_stat1'").fetchone():
-            connection.execute("ANALYZE alembic_version")  # makes the table of statistics
-            rows = "40000 400 1"  # in all, of a metric, of a metric of a run
-            index = ("latest_metrics", "sqlite_autoindex_latest_metrics_1", rows)
-            connection.execute("INSERT INTO sqlite_stat1 VALUES (?, ?, ?)", index)
-
-
 def _opened_run() -> Run:
     """Return the run that `mlflow run` opened for this process."""
     with suppress(MlflowException):
         if (run := mlflow.get_run(MLFLOW_RUN_ID.get())).info.status == "RUNNING":
             return run
     what = f"MLFLOW_RUN_ID = {MLFLOW_RUN_ID.get()} is no open run of the store {without_login(tracking_uri())}"
-    todo = "before `mlflow run` set MLFLOW_TRACKING_URI to a store's whole address, as sqlite:////home/me/mlflow.db"
-    raise DemoError(f"{what}: {todo}; else unset MLFLOW_RUN_ID.")
-
-
-def without_login(uri: str) -> str:
-    """Return the address as it may be shown: without a name and a password."""
-    return re.sub("//[^/]*@", "//", uri, count=1)
+    todo = "before it set MLFLOW_TRACKING_URI to a store's whole address, as sqlite:////home/me/mlflow.db"
+    raise DemoError(f"{what}: unset MLFLOW_RUN_ID; but if this is in `mlflow run`, {todo}.")
 
 
 def _login() -> str:

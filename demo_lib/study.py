@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri
-from demo_lib.store import kill_run, without_login
+from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri, without_login
+from demo_lib.databases import refuse_mlflow
+from demo_lib.store import kill_run
 from demo_lib.tracking import log_config
 
 import matplotlib.pyplot as plt
@@ -55,9 +56,8 @@ def equip(study: optuna.Study, config: TuneConfig, alone: bool) -> None:
 def open_storage(address: str | None = None) -> RDBStorage:
     """Open the storage of studies at the address, by default a SQLite file; errors are those of `open_study`."""
     address = address or settings().storage or sqlite_uri(settings().home / "store" / "optuna.db")
-    database, of_mlflow = sqlite_file(address), sqlite_file(tracking_uri())
-    if address == tracking_uri() or (database and of_mlflow and database.resolve() == of_mlflow.resolve()):
-        raise DemoError(f"{without_login(address)} is MLflow's database: give Optuna one of its own.")
+    refuse_mlflow(address)
+    database = sqlite_file(address)
     try:
         if database:
             database.parent.mkdir(parents=True, exist_ok=True)

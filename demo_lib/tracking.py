@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demo_lib.config import LESSONS, ROOT, Config, DemoError, TrainConfig, settings
-from demo_lib.store import this_process, without_login
+from demo_lib.config import LESSONS, ROOT, Config, DemoError, TrainConfig, settings, without_login
+from demo_lib.identity import identity
 
 import git
 import mlflow
@@ -40,7 +40,7 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
     `mlflow run` opened, MLflow has recorded it. Parts that are unknown are left out.
     """
     tags = {f"{package}_version": version(package) for package in PACKAGES}
-    tags |= {"python_version": platform.python_version(), "process": this_process()} | _source() | _commit()
+    tags |= {"python_version": platform.python_version(), "process": identity(os.getpid())} | _source() | _commit()
     if batch_id := settings().batch_id:
         tags["batch_id"] = batch_id
     if data is not None:
@@ -70,6 +70,9 @@ def truthful_status() -> Iterator[None]:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            if interrupted:  # IPython asks for it: a page of traceback says nothing
+                shown = f"{type(error).__name__}: run {run.info.run_name} ({run.info.run_id}) ended KILLED."
+                error._render_traceback_ = lambda: [shown]  # type: ignore[attr-defined]
             with signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
                 if interrupted:  # a query that was cut off keeps SQLite locked as long as the traceback's frames live
                     traceback.clear_frames(error.__traceback__)

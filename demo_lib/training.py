@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import FashionData, Split, batches
 
+import joblib
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+# PyTorch counts all cores of the machine, where a container may have few of them.
+torch.set_num_threads(min(torch.get_num_threads(), joblib.cpu_count()))
 
 
 @dataclass(frozen=True)

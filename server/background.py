@@ -36,7 +36,7 @@ class BackgroundServer(OwnedProcess):
 
     def break_down(self) -> None:
         """Kill `mlflow server` but not what supervises it, which starts it again."""
-        psutil.Process(read_state(self.settings)["server"][0]).kill()
+        psutil.Process(read_state(self.settings)["server"]).kill()
 
 
 def launch(settings: ServerSettings) -> BackgroundServer:

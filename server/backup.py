@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from demo_lib.config import DemoError, sqlite_file, sqlite_uri, whole_file
+from demo_lib.databases import connect
 
 import mlflow
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 
-from server.database import check_database, connect, database, database_address, folders, postgres_tool
+from server.database import check_database, database, database_address, folders, postgres_tool
 from server.settings import ServerSettings
 
 MANIFEST = "manifest.json"

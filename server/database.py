@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from demo_lib.config import DemoError, sqlite_file
+from demo_lib.config import DemoError, sqlite_file, without_login
+from demo_lib.databases import connect, has_mlflow
 
 import psutil
-import sqlalchemy
-from alembic.runtime.migration import MigrationContext
 from filelock import FileLock, Timeout
 from sqlalchemy import text
-from sqlalchemy.engine import make_url
 
-from server.settings import PREFIX, ServerSettings
+from server.settings import ServerSettings
 
 
 @contextmanager
@@ -72,35 +70,19 @@ def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
     return f"postgresql://postgres@/{name}?host={place}&port={port}"
 
 
-def connect(address: str, **options: object) -> sqlalchemy.Connection:
-    """Connect to a database; at the end of a `with` block nothing of it stays open."""
-    return sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool, **options).connect()
-
-
 def check_database(address: str, settings: ServerSettings) -> bool:
     """Return whether the database has MLflow's tables yet; a `DemoError` if the server could not work with it."""
     if (file := sqlite_file(address)) and not file.exists():
         return False  # MLflow makes it
-    shown = f"the database {make_url(address).render_as_string(hide_password=True)}"
-    try:
-        with connect(address, connect_args={} if file else {"connect_timeout": 5}) as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
-            allowed = None if file else int(connection.scalar(text("SHOW max_connections")))
-    except Exception as error:
-        reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
-        raise DemoError(f"{shown} can't be reached ({reason}): start it, or correct {PREFIX}DATABASE.") from None
-    if found:
-        # MLflow's private part, and loaded here as that takes seconds.
-        from mlflow.store.db.utils import _get_latest_schema_revision
-
-        if found != (expected := _get_latest_schema_revision()):
-            why = f"{shown} has the tables of another MLflow (version {found}, this one needs {expected})"
-            todo = "make a backup, then run `mlflow db upgrade` with its address, or install the MLflow that made it"
+    found = has_mlflow(address)
+    if not file:
+        with connect(address) as connection:
+            allowed = int(connection.scalar(text("SHOW max_connections")))
+        if allowed < (needed := settings.max_connections):
+            why = f"the database {without_login(address)} allows {allowed} connections and the server may open {needed}"
+            todo = f"set max_connections = {needed} in postgresql.conf, or lower workers or max_overflow"
             raise DemoError(f"{why}: {todo}.")
-    if allowed and allowed < (needed := settings.max_connections):
-        why = f"{shown} allows {allowed} connections and the server may open {needed}"
-        raise DemoError(f"{why}: set max_connections = {needed} in postgresql.conf, or lower workers or max_overflow.")
-    return found is not None
+    return found
 
 
 def own_postgres(settings: ServerSettings) -> psutil.Process | None:

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from demo_lib.config import DemoError, whole_file
-from demo_lib.ops.guard import alive, await_end, end_group, group
+from demo_lib.identity import identity, lives
+from demo_lib.ops.guard import await_end, end_group, group
 from demo_lib.ops.processes import refuse_port, wait_for_health
 
 import psutil
@@ -21,6 +23,7 @@ from server.settings import PREFIX, ServerSettings
 
 HERE = ("127.0.0.1", "localhost")
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
+MARK = "DEMO_SERVER_MARK"  # variable by which the server's processes are known from others
 CACHE_SECONDS = 60  # for which a worker remembers that a password was right: checking it takes most of a request
 # Its default of 5 s ends workers that are only busy, and breaks off the answers that they were sending.
 UVICORN = "--log-level=warning --timeout-worker-healthcheck=60"
@@ -119,15 +122,15 @@ class Server:
         scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # MLflow calls `uvicorn`
         variables = os.environ | environment(self.settings, self.address) | {"PATH": scripts}
         variables.pop("MLFLOW_TRACKING_URI", None)
+        variables[MARK] = mark = uuid.uuid4().hex
         (folder / LOG).touch(mode=0o600)
         with (folder / LOG).open("ab") as log:
             arguments = [sys.executable, "-m", "mlflow", *command(self.settings)]
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             self.process = psutil.Popen(arguments, env=variables, cwd=folder, start_new_session=True, **streams)
-        # With its start, which tells a process from a later one of its id.
-        known = {"supervisor": psutil.Process(), "server": self.process}
+        state = {"supervisor": identity(os.getpid()), "server": self.process.pid, "mark": mark}
         with whole_file(folder / STATE, private=True) as file:
-            file.write_text(json.dumps({name: (each.pid, each.create_time()) for name, each in known.items()}))
+            file.write_text(json.dumps(state))
 
     def wait(self) -> None:
         """Wait until the server answers; a `DemoError` if it ends or does not answer in time."""
@@ -179,10 +182,10 @@ def stop(settings: ServerSettings) -> bool:
     if (state := read_state(settings)) is not None:
         if state["supervised"]:
             with suppress(psutil.NoSuchProcess):
-                (supervisor := psutil.Process(state["supervisor"][0])).terminate()
+                (supervisor := psutil.Process(int(state["supervisor"].split(":")[-2]))).terminate()
                 await_end([supervisor], 30)
-        if _left(*state["server"]):
-            end_group(state["server"][0])
+        if _left(state):
+            end_group(state["server"])
         (settings.folder / STATE).unlink(missing_ok=True)
     return stop_postgres(settings) or state is not None  # its own, where the supervisor was killed
 
@@ -191,16 +194,16 @@ def read_state(settings: ServerSettings) -> dict | None:
     """Return what is known of the folder's server if any process of it is alive, and whether it is `supervised`."""
     try:
         state = json.loads((settings.folder / STATE).read_text())
-    except (OSError, ValueError):
+        state["supervised"] = lives(state["supervisor"]) is True
+        return state if state["supervised"] or _left(state) else None
+    except (OSError, ValueError, KeyError, AttributeError):  # none, or one that another version wrote
         return None
-    pid, created = state["supervisor"]
-    state["supervised"] = False
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        state["supervised"] = alive(process) and abs(process.create_time() - created) < 2
-    return state if state["supervised"] or _left(*state["server"]) else None
 
 
-def _left(pid: int, created: float) -> list[psutil.Process]:
-    """Return what lives of the server: its first process, and the workers, which outlive that."""
-    return [each for each in group(pid) if each.create_time() >= created - 1]
+def _left(state: dict) -> bool:
+    """Whether any process of the server lives, also workers that outlived the first one, whose number may be reused."""
+    for process in group(state["server"]):
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == state["mark"]:
+                return True
+    return False

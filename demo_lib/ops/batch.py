@@ -1,5 +1,6 @@
 """Run lessons headless through papermill: checked first, in parallel, tracked in MLflow, with a report that is true."""
 
+import json
 import logging
 import os
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from demo_lib.config import DemoError, lessons, settings, tracking_uri, whole_file
+from demo_lib.config import LESSONS, DemoError, lessons, settings, tracking_uri, whole_file
 
+import joblib
 import nbformat
 import papermill as pm
 from jupyter_client import KernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from pydantic import TypeAdapter, ValidationError
 
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it says of an error is in the report
@@ -53,9 +56,16 @@ def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[
     """Return one job a lesson, all lessons if none is named, each with those of the parameters that it declares.
 
     A name is a lesson's number, file stem or path. Values may be text, as a command line gives them. An unknown lesson,
-    a parameter that no chosen lesson declares, and a value of the wrong type are a DemoError.
+    a parameter that no chosen lesson declares, a value that is not allowed, and executed notebooks that would replace
+    each other, or a notebook that is to be executed, are a DemoError.
     """
     notebooks = list(dict.fromkeys(_find(name) for name in names)) or lessons()
+    outputs = [output.resolve() / notebook.name for notebook in notebooks]
+    if lost := set(outputs) & {*notebooks, *LESSONS.glob("*.ipynb")}:
+        raise DemoError(f"{min(lost)} would be overwritten: choose another --output.")
+    small = [each.name.lower() for each in outputs]  # macOS and Windows take a.ipynb and A.ipynb for one
+    if twice := [name for name in small if small.count(name) > 1]:
+        raise DemoError(f"two of the notebooks are called {twice[0]}: run them apart, each with another --output.")
     declared = {}
     for notebook in notebooks:
         try:
@@ -69,8 +79,11 @@ def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[
             raise DemoError(f"no chosen lesson has a parameter {name!r}; they have: {', '.join(known) or 'none'}.")
         try:
             values[name] = TypeAdapter(TYPES.get(known[name], Any)).validate_python(value)
-        except ValidationError:
-            raise DemoError(f"parameter {name} = {value!r} must be of type {known[name]}.") from None
+            json.dumps(values[name], allow_nan=False)  # as it will be in the notebook
+        except (ValidationError, TypeError, ValueError):
+            what = {"float": "float, not nan or inf", "None": "text, number, list or mapping"}
+            kind = known[name]
+            raise DemoError(f"parameter {name} = {value!r} must be of type {what.get(kind, kind)}.") from None
     jobs = []
     for notebook, inferred in declared.items():
         own = {name: values[name] for name in inferred if name in values}
@@ -94,7 +107,7 @@ def run(jobs: Sequence[Job], workers: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"the folder {folder} can't be made ({error.strerror}): choose another --output.") from None
-    workers = min(max(workers, 0) or os.cpu_count() or 1, len(jobs))
+    workers = min(max(workers, 0) or joblib.cpu_count(), len(jobs))
     environment = _environment(workers)
     connect("batch")
     tags = provenance() | {"batch_id": environment["DEMO_BATCH_ID"]}
@@ -142,7 +155,7 @@ def _environment(workers: int) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": tracking_uri(),  # absolute: a kernel works in the notebook's folder
         "DEMO_HOME": str(settings().home),
         "DEMO_BATCH_ID": uuid.uuid4().hex,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // workers)),
     }
 
 
@@ -173,7 +186,10 @@ def _execute(job: Job, executed: Path, environment: dict[str, str]) -> None:
     job.status, started = "RUNNING", time.monotonic()
     # A kernel of our own, as papermill's can't be ended; asynchronous, or nbclient would not see that it died.
     client = "jupyter_client.asynchronous.AsyncKernelClient"
-    kernel = KernelManager(kernel_name="python3", client_class=client, transport_encryption="auto")
+    here = KernelSpecManager(kernel_dirs=[])  # this Python's: another one's may be installed by the same name
+    kernel = KernelManager(
+        kernel_name="python3", kernel_spec_manager=here, client_class=client, transport_encryption="auto"
+    )
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the notebook has what its cells print
     no_history = ["--HistoryManager.hist_file=:memory:"]
     try:
@@ -198,14 +214,17 @@ def _keep(job: Job, executed: Path) -> None:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
+    if not executed.exists():  # there was no kernel
+        return
     try:
         notebook = nbformat.read(executed, as_version=4)
         notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a progress bar, its end
         # A code cell's metadata `alt` is the alternative text of its image: of the templates only `classic` knows it.
         page, _ = HTMLExporter(embed_images=True, template_name="classic").from_notebook_node(notebook)
+        nbformat.write(notebook, executed)
+        mlflow.log_artifact(str(executed))  # not job.output, to which another batch may write at the same time
         for suffix, content in {".html": page, ".ipynb": nbformat.writes(notebook)}.items():
             with whole_file(job.output.with_suffix(suffix)) as partial:
                 partial.write_text(content, encoding="utf-8")
-        mlflow.log_artifact(str(job.output))
     except (OSError, ValueError) as error:
         job.fail(f"its executed notebook could not be kept: {error}")

@@ -102,6 +102,21 @@ def examine_one(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, False, str(error))
 
 
+def examine_all(checks: Mapping[str, Callable[[], str]], seconds: float) -> list[Finding]:
+    """Run the checks, all at once, and wait for so long at most: one that fails or hangs does not keep the others."""
+    found = {name: Finding(name, False, f"no answer within {seconds:g} s: look why, and try again.") for name in checks}
+    threads = [
+        Thread(target=lambda name=name: found.update({name: examine_one(name, checks[name])}), daemon=True)
+        for name in checks
+    ]
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return list(dict(found).values())
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:

@@ -15,6 +15,7 @@ from demo_lib.store import close_stale_runs, open_store
 from demo_lib.study import MEMORY, done, equip, open_storage, return_to, running
 from demo_lib.tracking import terminable
 
+import joblib
 import mlflow
 import optuna
 from mlflow.entities import Run
@@ -28,7 +29,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
         raise DemoError("a study in memory can't be shared by processes: keep 1 worker, or give another storage.")
     command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
     environment = os.environ | {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // config.workers)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // config.workers)),
         "MLFLOW_TRACKING_URI": tracking_uri(),
         "DEMO_HOME": str(settings().home),
         "DEMO_STORAGE": storage or settings().storage,  # not on the command line: it may hold a password

@@ -35,7 +35,7 @@ def site(tmp_path):
 
 
 def leader(site):
-    return psutil.Process(read_state(site.settings)["server"][0])
+    return psutil.Process(read_state(site.settings)["server"])
 
 
 def answers(site):
@@ -74,7 +74,7 @@ def kill_a_worker(site):
 
 def kill_the_server(site):
     before = read_state(site.settings)["server"]
-    os.killpg(before[0], signal.SIGKILL)
+    os.killpg(before, signal.SIGKILL)
     wait_until(lambda: read_state(site.settings)["server"] != before, RESTART_SECONDS)
 
 

@@ -139,7 +139,7 @@ def test_no_address_is_one_sentence_that_shows_nothing_of_it(monkeypatch, addres
 def test_a_database_that_cannot_be_reached_is_refused_without_its_password(tmp_path, address):
     (tmp_path / "notes.txt").write_text("not a database, but a longer text than its first bytes" * 20)
     address = address.format(port=free_port(), folder=tmp_path)
-    with pytest.raises(DemoError, match="can't be reached") as caught:
+    with pytest.raises(DemoError, match="can't be used") as caught:
         check_database(address, settings(tmp_path))
     assert "very-secret" not in str(caught.value)
 
@@ -147,6 +147,7 @@ def test_a_database_that_cannot_be_reached_is_refused_without_its_password(tmp_p
 def test_a_database_of_another_mlflow_is_refused_and_the_upgrade_named(tmp_path):
     address = sqlite_uri(tmp_path / "mlflow.db")
     with sqlalchemy.create_engine(address).begin() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE experiments (name VARCHAR(32))"))
         connection.execute(sqlalchemy.text("CREATE TABLE alembic_version (version_num VARCHAR(32))"))
         connection.execute(sqlalchemy.text("INSERT INTO alembic_version VALUES ('451aebb31d03')"))
     with pytest.raises(DemoError, match=r"version 451aebb31d03.*`mlflow db upgrade`"):

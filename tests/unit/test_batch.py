@@ -13,6 +13,7 @@ from demo_lib.config import ROOT, DemoError
 from demo_lib.ops import batch
 from demo_lib.ops.batch import plan, table
 
+import joblib
 import mlflow
 import nbformat
 import papermill as pm
@@ -199,7 +200,7 @@ def test_a_full_disk_does_not_replace_a_good_notebook(home, notebook, tmp_path, 
 
 @pytest.mark.parametrize(("chosen", "threads"), [(None, 3), ("", 3), ("5", 5)])
 def test_cores_are_shared_out_unless_the_user_has_chosen(home, notebook, tmp_path, monkeypatch, chosen, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS")
     if chosen is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)

@@ -116,5 +116,5 @@ def test_the_store_of_the_environment_wins(monkeypatch):
 @pytest.mark.parametrize("name", ["what?", "50%"])
 def test_a_home_whose_path_no_address_can_say_is_refused(monkeypatch, tmp_path, name):
     monkeypatch.setenv("DEMO_HOME", str(tmp_path / name))
-    with pytest.raises(DemoError, match=r"choose a folder without \? and %"):
+    with pytest.raises(DemoError, match=r"leave \? and % out of its address"):
         tracking_uri()

@@ -27,7 +27,7 @@ def test_torchvision_has_its_operators():
 
 
 # Each room imports only rooms that stand before it.
-CORE = "config data model training store tracking study tuning runs plots recipe"
+CORE = "config identity databases data model training store tracking study tuning runs plots recipe"
 CORE = [f"demo_lib.{name}" for name in CORE.split()]
 SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
@@ -36,13 +36,20 @@ SERVER = ["settings", "database", "client", "process", "background", "readiness"
 SERVER = [f"server.{name}" for name in [*SERVER, "backup", "cleanup", "__main__"]]
 MAIN = ["demo_lib.__main__"]
 # For speed: PyTorch and MLflow take seconds to load, and some who use these rooms need neither.
-LATE = {"demo_lib.tracking", "demo_lib.ops.batch", "demo_lib.ops.doctor", "demo_lib.__main__", "server.__main__"}
+LATE = {
+    "demo_lib.store",
+    "demo_lib.tracking",
+    "demo_lib.ops.batch",
+    "demo_lib.ops.doctor",
+    "demo_lib.__main__",
+    "server.__main__",
+}
 
 
 def may_import(room):
     """Return the rooms that this one may import."""
     if room in SERVER:
-        return ["demo_lib.config", *SHARED, *SERVER[: SERVER.index(room)]]
+        return [*CORE[:3], *SHARED, *SERVER[: SERVER.index(room)]]
     if room in MAIN:
         return [*CORE, *SHARED, *DEPLOY, *OPS]
     if room in SHARED:
@@ -96,19 +103,22 @@ def test_the_core_is_small():
 
 # What each module may load; nothing comes along that these don't load themselves.
 CONFIG = {"pydantic_settings", "yaml"}
-NETWORK = CONFIG | {"torch"}
+DATABASES = CONFIG | {"alembic", "sqlalchemy"}
+NETWORK = CONFIG | {"joblib", "torch"}
 STORE = CONFIG | {"filelock", "mlflow", "psutil", "requests"}
 TRACKING = STORE | {"git"}
 TABLES = STORE | {"pandas"}
-TUNING = NETWORK | TRACKING | {"matplotlib.pyplot", "optuna", "tqdm"}
+TUNING = NETWORK | DATABASES | TRACKING | {"matplotlib.pyplot", "optuna", "tqdm"}
 MAY_LOAD = {
     "config": CONFIG,
+    "identity": {"psutil"} | CONFIG,
+    "databases": DATABASES,
     "data": NETWORK,
     "model": NETWORK,
     "training": NETWORK,
     "store": STORE,
     "tracking": TRACKING,
-    "study": TUNING - {"torch"},
+    "study": TUNING - {"joblib", "torch"},
     "tuning": TUNING,
     "runs": TABLES,
     "plots": CONFIG | {"matplotlib.pyplot", "pandas"},
@@ -116,7 +126,7 @@ MAY_LOAD = {
     "ops.guard": {"psutil"},
     "ops.processes": CONFIG | {"requests"},
     "ops.workers": TUNING,
-    "ops.batch": CONFIG | {"papermill"},
+    "ops.batch": CONFIG | {"joblib", "papermill"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
     "ops.doctor": CONFIG | {"requests"},
     "deploy.packaging": NETWORK | TABLES,

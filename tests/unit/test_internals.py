@@ -1,7 +1,8 @@
 """Each part of MLflow that it does not promise to keep still does what the store needs it for."""
 
 from demo_lib import store
-from demo_lib.store import make_store, own_name
+from demo_lib.databases import make_store
+from demo_lib.store import own_name
 
 import mlflow
 import pytest
@@ -31,7 +32,7 @@ def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
     engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path}/new.db")
     names = sqlalchemy.inspect(engine).get_table_names()
     (index,) = [each for each in names if each == "latest_metrics"]
-    with engine.connect() as connection:  # `store.make_store` tells SQLite how large this one is
+    with engine.connect() as connection:  # `databases.make_store` tells SQLite how large this one is
         found = connection.scalar(sqlalchemy.text(f"SELECT name FROM pragma_index_list('{index}') WHERE origin = 'pk'"))
     engine.dispose()
     assert found == "sqlite_autoindex_latest_metrics_1"

@@ -1,13 +1,16 @@
 """Tracking: connect, provenance, truthful ends, models, links."""
 
+import base64
 import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 from demo_lib import tracking
 from demo_lib.config import ROOT, DemoError, TrainConfig
@@ -116,6 +119,13 @@ def test_without_git_only_the_commit_is_missing(home, monkeypatch, tmp_path):
     ("address", "sentence"),
     [
         ("sqlite:///{home}/store", r"store can't be used \(.*Is a directory.*\): set DEMO_HOME or MLFLOW_TRACKING_URI"),
+        (
+            "sqlite:///{home}/store/mlflow.db?timeout=9",
+            r"mlflow\.db\?timeout=9 can't be used: leave \? and % out of its",
+        ),
+        ("sqlite:///{home}/store/my%20mlflow.db", r"my%20mlflow\.db can't be used: leave \? and % out of its address"),
+        ("mysql+none://me:secret@127.0.0.1/x", r"mysql\+none://127\.0\.0\.1/x can't be used \(Can't load plugin"),
+        ("postgresql://me:sec/ret@127.0.0.1:1/x", r"postgresql://127\.0\.0\.1:1/x can't be used \(.*\): start it"),
         ("{home}/mlruns", "is no store: set it to a server's http address, to sqlite:/// and the path of a file"),
         ("foo://bar", "MLFLOW_TRACKING_URI = 'foo://bar' is no store"),
         ("sqlite://", "MLFLOW_TRACKING_URI = 'sqlite://' is no store"),
@@ -310,3 +320,86 @@ def test_names_are_ones_own_with_a_login_to_a_server_and_plain_otherwise(home, m
 def test_the_notebook_is_found_for_an_experiment_of_ones_own(home):
     connect("ann/01_track_a_run")
     assert provenance()["mlflow.source.name"] == "notebooks/01_track_a_run.ipynb"
+
+
+def test_a_run_that_was_killed_and_deleted_does_not_stop_the_next_connect(home):
+    experiment = connect("ends")
+    client = MlflowClient()
+    gone = client.create_run(experiment.experiment_id, tags={"process": dead_process()})
+    odd = client.create_run(experiment.experiment_id, tags={"process": f"{socket.gethostname()}:x"})
+    client.delete_run(gone.info.run_id)
+    connect("ends")
+    assert client.get_run(odd.info.run_id).info.status == "RUNNING"
+    client.restore_run(gone.info.run_id)
+    connect("ends")
+    assert client.get_run(gone.info.run_id).info.status == "KILLED"
+
+
+def dead_process():
+    """Return the identity of a process that has ended."""
+    code = "import os; from demo_lib.identity import identity; print(identity(os.getpid()))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_an_interrupt_shows_one_line_in_a_notebook(home):
+    connect("ends")
+    with pytest.raises(KeyboardInterrupt) as caught, mlflow.start_run() as run, truthful_status():
+        raise KeyboardInterrupt
+    (line,) = caught.value._render_traceback_()
+    assert line == f"KeyboardInterrupt: run {run.info.run_name} ({run.info.run_id}) ended KILLED."
+
+
+def test_a_run_id_of_another_project_is_named_with_what_to_do(home, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(DemoError, match=r"is no open run of the store .*: unset MLFLOW_RUN_ID; but if"):
+        connect("ends")
+
+
+SECOND = """
+import requests
+from demo_lib.store import connect
+import mlflow
+print(requests.get("{url}", timeout=5).text, mlflow.get_registry_uri())
+"""
+
+
+def test_what_the_shell_has_for_other_servers_is_not_used_for_this_machine(home):
+    with HTTPServer(("127.0.0.1", 0), type("Echo", (BaseHTTPRequestHandler,), {"do_GET": echo})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            environment = os.environ | {name: "http://127.0.0.1:9", "MLFLOW_REGISTRY_URI": "http://127.0.0.1:9"}
+            environment |= {"NO_PROXY": "intern.example", "MLFLOW_TRACKING_URI": "sqlite:////nowhere/mlflow.db"}
+            done = subprocess.run(
+                [sys.executable, "-c", SECOND.format(url=url)], env=environment, capture_output=True, text=True
+            )
+            assert done.stdout.split() == ["none", "sqlite:////nowhere/mlflow.db"], done.stderr
+        server.shutdown()
+
+
+def echo(self):
+    """Answer with the login that came."""
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.write(self.headers.get("Authorization", "none").encode())
+
+
+def test_a_login_of_the_file_netrc_does_not_replace_the_explicit_one(home, monkeypatch, tmp_path):
+    seen = []
+
+    def answer(self):
+        seen.append(base64.b64decode(self.headers["Authorization"].partition(" ")[2]).decode())
+        self.send_response(403)
+        self.end_headers()
+
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login other password wrong\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
+    with HTTPServer(("127.0.0.1", 0), type("Refuse", (BaseHTTPRequestHandler,), {"do_POST": answer})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(DemoError, match="refuses you"):
+            open_store()
+        server.shutdown()
+    assert seen == ["ann:right"]
