@@ -32,7 +32,7 @@ def connect(address: str, **options: object) -> sqlalchemy.Connection:
 
 
 def open_database(uri: str) -> None:
-    """Make sure that MLflow can use the database; a DemoError if it is of no kind that MLflow takes, or can't be used."""
+    """Make sure that MLflow can use the database; one of an unknown kind, or that can't be used, is a DemoError."""
     if (file := sqlite_file(uri)) is not None:
         make_store(file)
     elif re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri):

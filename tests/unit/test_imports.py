@@ -103,7 +103,7 @@ def test_the_core_is_small():
 
 # What each module may load; nothing comes along that these don't load themselves.
 CONFIG = {"pydantic_settings", "yaml"}
-DATABASES = CONFIG | {"alembic", "sqlalchemy"}
+DATABASES = CONFIG | {"alembic", "filelock", "sqlalchemy"}
 NETWORK = CONFIG | {"joblib", "torch"}
 STORE = CONFIG | {"filelock", "mlflow", "psutil", "requests"}
 TRACKING = STORE | {"git"}
