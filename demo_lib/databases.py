@@ -2,6 +2,7 @@
 
 import re
 import sqlite3
+import tempfile
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -46,6 +47,8 @@ def make_store(database: Path) -> None:
     """Make the SQLite store if it is not there; a place that can't be written, or is a folder, is a DemoError."""
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
+        if not database.is_file():
+            tempfile.TemporaryFile(dir=database.parent).close()  # where nothing can be written, a lock waits for ever
         # One process makes the tables while others wait: they would break each other's.
         lock = FileLock(database.with_name(f".{database.name}.lock"), timeout=60)
         with lock if not database.is_file() else nullcontext():

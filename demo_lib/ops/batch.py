@@ -44,7 +44,7 @@ class Job:
         """End the kernel if there is one: after its exit handlers have run or, if the job is interrupted, at once."""
         kernel, self.kernel = self.kernel, None
         if kernel is not None:
-            kernel.shutdown_kernel(now=self.interrupted)
+            kernel.shutdown_kernel(now=self.interrupted or not kernel.is_alive())
 
     def fail(self, error: str) -> None:
         """Note the first reason why the job did not finish; interrupted, it was killed whatever error that caused."""
@@ -190,10 +190,10 @@ def _execute(job: Job, executed: Path, environment: dict[str, str]) -> None:
     kernel = KernelManager(
         kernel_name="python3", kernel_spec_manager=here, client_class=client, transport_encryption="auto"
     )
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the notebook has what its cells print
-    no_history = ["--HistoryManager.hist_file=:memory:"]
+    said = (executed.parent / "stderr").open("w+", errors="replace")  # the notebook has what its cells print
+    given = {"env": environment, "cwd": str(job.notebook.parent), "stdout": subprocess.DEVNULL, "stderr": said}
     try:
-        kernel.start_kernel(env=environment, cwd=str(job.notebook.parent), extra_arguments=no_history, **quiet)
+        kernel.start_kernel(extra_arguments=["--HistoryManager.hist_file=:memory:"], **given)
         job.kernel = kernel
         if job.interrupted:  # meanwhile
             raise InterruptedError
@@ -202,9 +202,12 @@ def _execute(job: Job, executed: Path, environment: dict[str, str]) -> None:
     except pm.PapermillExecutionError as error:
         job.fail(f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}")
     except Exception as error:  # such as that the kernel died
-        job.fail(f"{type(error).__name__}: {error}")
+        said.seek(0)
+        last = said.read().strip().rpartition("\n")[2]
+        job.fail(f"{type(error).__name__}: {error}" + f"; the kernel's last line: {last[:500]}" * bool(last))
     finally:
         job.stop_kernel()
+        said.close()
         job.seconds = time.monotonic() - started
 
 

@@ -1,5 +1,6 @@
 """The batch run: what it refuses, what it reports, and what it leaves behind when something breaks."""
 
+import datetime
 import errno
 import os
 import re
@@ -208,3 +209,60 @@ def test_cores_are_shared_out_unless_the_user_has_chosen(home, notebook, tmp_pat
     jobs = plan([notebook(name, "number: int = 1", show) for name in "ab"], {}, tmp_path / "build")
     batch.run(jobs, workers=2)
     assert all(f"threads {threads}" in job.output.read_text() for job in jobs)
+
+
+def test_a_batch_overwrites_no_notebook_and_keeps_those_of_one_name_apart(notebook, tmp_path):
+    one, other = notebook("same", "number: int = 1"), tmp_path / "other" / "Same.ipynb"
+    other.parent.mkdir()
+    other.write_bytes(Path(one).read_bytes())
+    with pytest.raises(DemoError, match=r"same\.ipynb would be overwritten: choose another --output"):
+        plan([one], {}, tmp_path)
+    with pytest.raises(DemoError, match=r"00_start_here\.ipynb would be overwritten"):
+        plan(["00"], {}, ROOT / "tests" / ".." / "notebooks")
+    with pytest.raises(DemoError, match=r"two of the notebooks are called same\.ipynb"):
+        plan([one, str(other)], {}, tmp_path / "build")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), [1.0, float("inf")], datetime.date(2030, 1, 31)])
+def test_what_a_notebook_cannot_hold_is_refused(notebook, tmp_path, value):
+    made = notebook("values", "rate: float = 0.1\nmany = None")
+    for name in ("rate", "many") if not isinstance(value, str) else ("rate",):
+        with pytest.raises(DemoError, match=rf"parameter {name} = .* must be of type (float, not nan|text, number)"):
+            plan([made], {name: value}, tmp_path / "build")
+
+
+def test_two_batches_into_one_folder_each_record_their_own_notebooks(home, notebook, tmp_path):
+    made = [notebook(name, "number: int = 1", "import time; time.sleep(0.5); print('number', number)") for name in "ab"]
+    command = [sys.executable, "-m", "demo_lib", "run", *made, "--output", str(tmp_path / "build"), "-p", "number"]
+    running = [subprocess.Popen([*command, number], stdout=subprocess.DEVNULL) for number in "12"]
+    assert [process.wait(120) for process in running] == [0, 0]
+    client = MlflowClient(f"sqlite:///{home}/store/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("batch").experiment_id])
+    lessons = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(lessons) == 4
+    for run in lessons:
+        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{run.info.run_name}.ipynb")
+        assert f"number {run.data.params['number']}\\n" in text
+
+
+def test_a_kernel_of_another_python_by_the_same_name_is_not_taken(home, notebook, tmp_path, monkeypatch):
+    spec = tmp_path / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text('{"argv": ["/no/python", "{connection_file}"], "display_name": "other", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    (job,) = plan([notebook("own", "number: int = 1", "import sys; print(sys.executable)")], {}, tmp_path / "build")
+    batch.run([job])
+    assert job.status == "FINISHED" and sys.executable in job.output.read_text()
+
+
+def test_a_kernel_that_ends_at_once_gives_its_reason(home, notebook, tmp_path, monkeypatch, recwarn):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "ipykernel_launcher.py").write_text("raise SystemExit('no kernel today')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    (job,) = plan([notebook("own", "number: int = 1")], {}, tmp_path / "build")
+    batch.run([job])
+    assert job.status == "FAILED"
+    assert job.error.startswith("RuntimeError: Kernel died") and job.error.endswith("last line: no kernel today")
+    parent, children = runs_of_batch()
+    assert children["own"].data.tags["error"] == job.error and parent.info.status == "FAILED"
