@@ -1,7 +1,9 @@
 """The command line: one call of a kind in a process of its own, as a user makes it, the others in this one."""
 
+import errno
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 from demo_lib.__main__ import main
 from demo_lib.ops.processes import free_port
@@ -10,6 +12,7 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
+from mlflow import MlflowException
 
 from tests.tools.processes import serving, wait_until
 
@@ -157,3 +160,33 @@ def test_run_reports_and_exits_truthfully(home, cli):
     failed = cli("run", "00", "-p", "train_images", "3")
     assert failed.returncode == 1
     assert "train_images = 3 is not allowed: it should be greater than or equal to 200." in failed.stdout
+
+
+def test_what_the_store_says_while_it_works_is_one_line(call, monkeypatch):
+    sql = "(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT INTO metrics ...]"
+    for error in (MlflowException(sql), OSError(errno.ENOSPC, "No space left on device")):
+        monkeypatch.setattr("demo_lib.recipe.train", Mock(side_effect=error))
+        done = call("train", *QUICK)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+        assert "is full" in done.stderr or "No space left" in done.stderr
+    monkeypatch.setattr("demo_lib.recipe.train", Mock(side_effect=ValueError("a fault of ours")))
+    with pytest.raises(ValueError, match="a fault of ours"):  # with its traceback
+        call("train", *QUICK)
+
+
+def test_doctor_says_all_that_it_can_where_the_store_is_of_no_use(call, monkeypatch, home):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:1/mlflow")
+    done = call("doctor")
+    packages, data, store = done.stdout.splitlines()
+    assert done.returncode == 1 and "secret" not in done.stdout
+    assert packages.startswith("ok ") and data.startswith("ok ") and store.startswith("FIX   store      the database")
+
+
+def test_without_the_lessons_a_sentence_says_what_to_install(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("demo_lib.config.LESSONS", tmp_path)
+    for command in (["run"], ["run", "01"]):
+        done = call(*command)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: the lessons are not in {tmp_path}: clone the repository, and there run")
+    assert "the lessons are not in" in call("doctor").stdout
