@@ -182,16 +182,38 @@ def test_a_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
         read_settings()
 
 
-def test_what_can_not_be_read_in_the_file_is_said(tmp_path, monkeypatch, caplog):
+def test_what_can_not_be_read_in_the_file_is_said(tmp_path, monkeypatch):
     (file := tmp_path / "server.env").touch(0o600)
     monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
-    file.write_text(f"\ufeff{PREFIX}PORT=6001\n{PREFIX}FOLDER=~/data\n{PREFIX}PROFILE: workshop\n")
-    found = read_settings()
-    assert (found.port, found.folder) == (6001, Path.home() / "data")
-    assert "could not parse statement starting at line 3" in caplog.text
+    good = f"\ufeff# mine\n{PREFIX}PORT=6001\n\n{PREFIX}FOLDER=~/data\n"
+    file.write_text(f"{good}export AWS_REGION='x'\nMLFLOW_S3_ENDPOINT_URL=\n{PREFIX}POSTGRES_PASSWORD=y\n")
+    assert (read_settings().port, read_settings().folder) == (6001, Path.home() / "data")
+    for line in (f"{PREFIX}PROFILE: workshop", f"{PREFIX}PROFILE", f"{PREFIX}SECRET_KEY='x"):
+        file.write_text(f"{good}\n{line}\n")
+        with pytest.raises(DemoError, match=r"^line 6 of .*server\.env can't be read: write NAME=value\.$"):
+            read_settings()
     file.write_bytes(f"{PREFIX}ADMIN_PASSWORD=König".encode("latin-1"))
     with pytest.raises(DemoError, match="save it as UTF-8"):
         read_settings()
+
+
+@pytest.mark.parametrize("name", [f"{PREFIX}PROFIL", "MLFLOW_DEMO_PROFILE", f"{PREFIX}ARTIFACT".lower()])
+def test_a_mistyped_name_is_no_setting(tmp_path, monkeypatch, name):
+    (file := tmp_path / "server.env").touch(0o600)
+    file.write_text(f"{name}=workshop\n")
+    monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
+    with pytest.raises(DemoError, match=rf"^{name} in .*server\.env is no setting"):
+        read_settings()
+    file.write_text("")
+    monkeypatch.setenv(name, "workshop")
+    with pytest.raises(DemoError, match=f"^{name} in the environment is no setting"):
+        read_settings()
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "fe80::1%eth0", "http://127.0.0.1", "127.0.0.1:5080", "", " ", "-h"])
+def test_a_host_is_a_name_or_an_ipv4_address(host):
+    with pytest.raises(DemoError, match=r"^MLFLOW_DEMO_SERVER_HOST = .* is no IPv4 address and no name: write 127"):
+        read_settings(host=host)
 
 
 def test_a_bad_value_is_one_sentence(monkeypatch):
