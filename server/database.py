@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
+import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,15 @@ from sqlalchemy.engine import make_url
 
 from server.settings import PREFIX, ServerSettings
 
+Say = Callable[[str], object]  # what gets sentences about what is being done
+
+
+def quiet(text: str) -> None:
+    """Say nothing."""
+
 
 @contextmanager
-def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
+def database(settings: ServerSettings, say: Say = quiet) -> Iterator[tuple[str, Any]]:
     """Give the database's address, and the PostgreSQL if one is started for it; a `DemoError` if it can't be used."""
     make_folders(settings)
     try:  # keeps a second start, or a restore, out of the folder from before there is a server to be seen
@@ -33,7 +40,11 @@ def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
         raise DemoError(f"another `python -m server` works in {settings.folder}: wait for it, or end it.") from None
     with alone:
         try:
-            server = None if settings.address else _start_postgres(settings)
+            if settings.address:
+                server = None
+            else:
+                say("starting PostgreSQL (its first start makes its files and takes up to a minute) ...")
+                server = _start_postgres(settings)
             check_database(address := database_address(settings), settings)
             yield address, server
         finally:
@@ -46,6 +57,9 @@ def make_folders(settings: ServerSettings) -> None:
         settings.folder.mkdir(parents=True, exist_ok=True)
         if not settings.artifacts:  # a folder that was named must be there: mistyped, it would fill another disk
             settings.artifact_folder.mkdir(exist_ok=True)
+            settings.artifact_folder.chmod(0o700)  # not the folder around it: as root, PostgreSQL is another user
+        for file in settings.folder.glob("mlflow.db*"):
+            file.chmod(0o600)
         for folder in folders(settings):
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -117,8 +131,10 @@ def stop_postgres(settings: ServerSettings, seconds: float = 60) -> bool:
     if (process := own_postgres(settings)) is None:
         return False
     with suppress(psutil.NoSuchProcess):
-        # SIGINT is PostgreSQL's fast shutdown; SIGTERM waits for its clients.
-        process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        if os.name == "posix":
+            process.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown; SIGTERM waits for its clients
+        else:  # signals end it hard there
+            subprocess.run([postgres_tool("pg_ctl"), "stop", "-m", "fast", "-D", settings.folder / "postgres"])
         process.wait(seconds)
     return True
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 from demo_lib.config import DemoError, sqlite_uri
 from demo_lib.ops.processes import free_port
 
+import mlflow
 import psutil
 import pytest
 import requests
 import sqlalchemy
 from pydantic import SecretStr
 
+from server.client import as_admin
 from server.database import check_database, database, database_address, postgres_tool
-from server.process import auth_config, read_state, refuse, running
+from server.process import Server, auth_config, environment, read_state, refuse, running
 from server.settings import PREFIX, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
 from tests.tools.processes import PATIENCE, normal_signals, wait_until
@@ -242,6 +245,61 @@ def test_a_server_that_ends_at_once_names_its_log(tmp_path, monkeypatch):
     assert read_state(settings(tmp_path)) is None
 
 
+def test_a_server_that_dies_at_once_is_started_after_longer_and_longer_pauses(tmp_path, monkeypatch, capsys):
+    lived, pauses = [1, 1, 1, 59, 1, 1, 1, 61, 2], []
+    times = iter([time for seconds in lived for time in (0, seconds)] + [0])
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == len(lived):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.process.sys.executable", shutil.which("false"))
+    monkeypatch.setattr("server.process.monotonic", lambda: next(times))
+    monkeypatch.setattr("server.process.sleep", pause)
+    server = Server(settings(tmp_path), sqlite_uri(tmp_path / "mlflow.db"), None)
+    server.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.supervise()
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 1, 2]
+    said = f"the server ended (1; log: {tmp_path / 'server.log'}): starting it again in 16 s."
+    assert capsys.readouterr().out.splitlines()[4] == said
+
+
+def test_a_server_gets_no_variable_of_mlflow_but_its_own_and_those_of_the_provider(tmp_path, monkeypatch):
+    for name in ("MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", "_MLFLOW_SERVER_ARTIFACT_ROOT", f"{PREFIX}SECRET_KEY"):
+        monkeypatch.setenv(name, "of the shell")
+    for name in ("AWS_REGION", "MLFLOW_S3_ENDPOINT_URL", "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"):
+        monkeypatch.setenv(name, "of the provider")
+    monkeypatch.setattr("server.process.command", lambda settings: ["gc", "--help"])
+    server = Server(given := settings(tmp_path), sqlite_uri(tmp_path / "mlflow.db"), None)
+    server.start()
+    found = server.process.environ()
+    server.process.wait(PATIENCE)
+    named = {name: value for name, value in found.items() if "MLFLOW_" in name and value != "of the provider"}
+    ours = {name: value for name, value in environment(given, server.address).items() if "MLFLOW_" in name}
+    assert named == ours and "of the shell" not in found.values()
+    assert list(found.values()).count("of the provider") == 3
+
+
+def test_what_a_server_writes_is_its_owners_only(tmp_path):
+    (tmp_path / "artifacts").mkdir(0o755)
+    (tmp_path / "artifacts").chmod(0o755)
+    with running(given := settings(tmp_path)), as_admin(given), mlflow.start_run():
+        mlflow.log_text("mine", "notes/text.txt")
+    written = [each for each in tmp_path.rglob("*") if each.name != "lock"]
+    assert {"text.txt", "mlflow.db", "server.log"} <= {each.name for each in written}
+    assert [each for each in written if each.stat().st_mode & 0o077] == []
+    (named := tmp_path / "named").mkdir(0o755)
+    refuse(settings(tmp_path / "new", artifacts=str(named)))
+    assert named.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777 == 0o755
+
+
+def test_the_log_has_no_warning_for_programmers(workshop):
+    log = (workshop.settings.folder / "server.log").read_text()
+    assert "Security middleware enabled" in log and "DeprecationWarning" not in log
+
+
 def test_stop_says_that_nothing_runs(tmp_path):
     process = command(tmp_path, "stop")
     output, errors = process.communicate(timeout=PATIENCE)
@@ -273,7 +331,9 @@ def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
     given = {f"{PREFIX}PORT": str(port), f"{PREFIX}PROFILE": "workshop"}
     given |= {f"{PREFIX}{name.upper()}": value.get_secret_value() for name, value in make_secrets().items()}
     server = command(tmp_path, "start", **given)
-    assert "server on" in server.stdout.readline(), server.communicate(timeout=PATIENCE)
+    said = [server.stdout.readline() for _ in range(3)]
+    assert [line.split(" (")[0] for line in said[:2]] == ["starting PostgreSQL", "starting MLflow"]
+    assert "server on" in said[2], server.communicate(timeout=PATIENCE)
     processes = tree(server.pid)
     postgres = int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0])
     assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).ok and len(processes) >= 4
