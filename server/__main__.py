@@ -127,8 +127,9 @@ def _progress(settings: ServerSettings, given: argparse.Namespace) -> None:
 
     # Numbers in place of names: the table is to fit a terminal of 80 columns.
     table = progress(settings).rename(columns=lambda name: name[:2] if name[:2].isdigit() else name)
-    times = table.pop("last_activity").dt.strftime("%Y-%m-%d %H:%M")
-    print(table.assign(**{"last activity (UTC)": times.fillna("-")}).reset_index().to_string(index=False))
+    times = table.pop("last_activity").dt.strftime("%m-%d %H:%M").fillna("-")
+    shown = table.assign(**{"last (UTC)": times}).reset_index().to_string(index=False)
+    print("no participants yet." if table.empty else shown)
 
 
 if __name__ == "__main__":
