@@ -54,6 +54,8 @@ def database(settings: ServerSettings, say: Say = quiet) -> Iterator[tuple[str, 
 
 def make_folders(settings: ServerSettings) -> None:
     """Make the server's folder and that of its artifacts; a `DemoError` if they can't be made or written."""
+    if settings.artifact_folder and "%" in (root := settings.artifact_root):  # it would write to %20 as to a space
+        raise DemoError(f"MLflow can't keep artifacts in {root}: choose a folder without % in its path.")
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         if not settings.artifacts:  # a folder that was named must be there: mistyped, it would fill another disk

@@ -105,7 +105,7 @@ def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("profile", "name"),
-    [("local", """it's "the 東京 #1;$HOME"""), pytest.param("workshop", "50%20?ü#", marks=pytest.mark.slow)],
+    [("local", """it's "the 東京 #1;$HOME"""), pytest.param("workshop", "really?ü#", marks=pytest.mark.slow)],
 )
 def test_a_folder_with_any_other_sign_works(profile, name):
     with tempfile.TemporaryDirectory(prefix=name) as folder:  # a short path, in which PostgreSQL has its socket
@@ -118,10 +118,13 @@ def test_a_folder_with_any_other_sign_works(profile, name):
         assert [path.read_text() for path in Path(folder, "artifacts").rglob("text.txt")] == [name]
 
 
-@pytest.mark.parametrize("name", ["50%", "really?"])
-def test_sqlite_is_not_where_it_can_not_be_and_says_so(tmp_path, name):
-    with pytest.raises(DemoError, match=r"choose a folder without \? and %"), running(settings(tmp_path / name)):
+def test_what_is_kept_elsewhere_than_the_path_says_is_refused(tmp_path):
+    with pytest.raises(DemoError, match=r"choose a folder without \? and %"), running(settings(tmp_path / "really?")):
         raise AssertionError("it runs")
+    for given in ({"folder": tmp_path / "50%20"}, {"folder": tmp_path, "artifacts": str(tmp_path / "50%20")}):
+        with pytest.raises(DemoError, match=r"can't keep artifacts in .*50%20.*: choose a folder without %"):
+            refuse(settings(**given, profile="workshop", **make_secrets()))
+    refuse(settings(tmp_path, artifacts="s3://bucket/50%20"))
 
 
 def test_two_starts_at_once_do_not_meet(tmp_path):
