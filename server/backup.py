@@ -77,7 +77,6 @@ def restore(settings: ServerSettings, source: Path) -> dict[str, Any]:
     with database(settings) as (address, _):
         if (ours := make_url(address).get_backend_name()) != manifest["database"]:
             raise DemoError(f"the backup is of a {manifest['database']} database, and this server's is {ours}.")
-        check_database(address, settings)
         if found := _content(address):
             raise DemoError(f"the server's database is not empty ({found}): restore into a new folder or database.")
         with _filled(root) if copied else nullcontext():
@@ -99,7 +98,8 @@ def _filled(folder: Path) -> Iterator[None]:
     except BaseException as error:
         for path in folder.iterdir() if there else [folder]:
             shutil.rmtree(path, ignore_errors=True)
-            path.is_file() and path.unlink()
+            if path.is_file():
+                path.unlink()
         if isinstance(error, OSError):
             raise DemoError(f"{folder} can't be filled ({error}): nothing was kept.") from None
         raise

@@ -35,8 +35,8 @@ def _known(address: SecretStr) -> SecretStr:
 
 
 def _host(name: str) -> str:
-    """Let IPv6 out: MLflow would compare its addresses with the Host header in another form."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
+    """Look at the form of a host, which is part of the server's address: IPv6 has another one there."""
+    if re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*", name):
         return name
     raise DemoError(f"{PREFIX}HOST = {name!r} is no IPv4 address and no name: write 127.0.0.1, or 0.0.0.0 for all.")
 
