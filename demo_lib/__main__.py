@@ -191,7 +191,7 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 
 def _ui(given: argparse.Namespace) -> int:
-    from demo_lib.ops.processes import OwnedProcess, refuse_port
+    from demo_lib.ops.processes import QUIET, OwnedProcess, refuse_port, without_mlflow
     from demo_lib.store import open_store
 
     uri, port = tracking_uri(), settings().ui_port
@@ -200,14 +200,14 @@ def _ui(given: argparse.Namespace) -> int:
     open_store()
     todo = f"if the MLflow UI is there, open http://127.0.0.1:{port}, else set DEMO_UI_PORT to a free one"
     refuse_port("127.0.0.1", port, todo)
-    # One worker and no job runner: two processes instead of a dozen. The address may hold a password: not on the line.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    # One worker is enough for one person. The address may hold a password, so it is not on the line.
+    environment = without_mlflow(os.environ) | QUIET | {"MLFLOW_BACKEND_STORE_URI": uri}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--uvicorn-opts", "--log-level=warning"]
     if (database := sqlite_file(uri)) is not None:
         command += ["--artifacts-destination", str(database.parent / "artifacts")]
     print(f"MLflow UI on http://127.0.0.1:{port}/#/experiments (stop it with Ctrl-C)", flush=True)
-    with OwnedProcess(command, None, os.environ | environment) as server:
+    with OwnedProcess(command, None, environment) as server:
         while server.exit_code is None:
             time.sleep(0.2)
     return server.exit_code

@@ -53,9 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     actions = people.add_subparsers(dest="action", required=True, metavar="ACTION")
     new = add(actions, "add", _participants, "give each person in a CSV file an account, and what is missing")
     new.add_argument("file", type=Path, help="CSV file with a column `name`")
-    new.add_argument("--sheet", type=Path, required=True, help="CSV file for the passwords; what is in it stays")
     add(actions, "list", _participants, "show the participants")
-    add(actions, "reset", _participants, "give a participant a new password and print it").add_argument("name")
+    again = add(actions, "reset", _participants, "give a participant a new password")
+    again.add_argument("name")
+    for each in (new, again):
+        each.add_argument(
+            "--sheet", type=Path, required=True, help="CSV file for the passwords; other lines in it stay"
+        )
     add(actions, "remove", _participants, "delete a participant's account and keep the runs").add_argument("name")
     add(commands, "progress", _progress, "show who has finished runs of which lessons")
     return parser
@@ -111,8 +115,8 @@ def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
     elif given.action == "list":
         print(*participants.participants(settings) or ["no participants yet."], sep="\n")
     elif given.action == "reset":
-        print(participants.reset(settings, given.name))
-        print(f"the old password may work for up to {process.CACHE_SECONDS} s more.", file=sys.stderr)
+        participants.reset(settings, given.name, partial(participants.write_sheet, given.sheet))
+        print(f"written to {given.sheet}; the old password may work for up to {process.CACHE_SECONDS} s more.")
     else:
         participants.remove(settings, given.name)
         print(f"{given.name} is removed; the runs are kept.")
@@ -123,8 +127,9 @@ def _progress(settings: ServerSettings, given: argparse.Namespace) -> None:
 
     # Numbers in place of names: the table is to fit a terminal of 80 columns.
     table = progress(settings).rename(columns=lambda name: name[:2] if name[:2].isdigit() else name)
-    times = table.pop("last_activity").dt.strftime("%Y-%m-%d %H:%M")
-    print(table.assign(**{"last activity (UTC)": times.fillna("-")}).reset_index().to_string(index=False))
+    times = table.pop("last_activity").dt.strftime("%m-%d %H:%M").fillna("-")
+    shown = table.assign(**{"last (UTC)": times}).reset_index().to_string(index=False)
+    print("no participants yet." if table.empty else shown)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ def launch(settings: ServerSettings) -> BackgroundServer:
     try:
         server.wait_for_health(settings.url, START_SECONDS, ours=lambda: read_state(settings) is not None)
     except DemoError as error:
-        said = (settings.folder / "start.log").read_text(errors="replace").strip().rpartition("\n")[2]
-        raise DemoError(said.removeprefix("error: ") or f"the server {error}.") from None
+        log = settings.folder / "start.log"
+        said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        refusal = said.removeprefix("error: ") if said.startswith("error: ") else None
+        raise DemoError(refusal or f"the server {error}: look into {log}.") from None
     return server

@@ -21,6 +21,16 @@ from server.database import check_database, database, database_address, folders,
 from server.settings import ServerSettings
 
 MANIFEST = "manifest.json"
+# What a database holds besides what PostgreSQL and its extensions made. A table's indexes and types come with it.
+OWN = """
+    SELECT nspname || '.' || name FROM (
+        SELECT oid, relname AS name, relnamespace AS home FROM pg_class WHERE relkind NOT IN ('i', 'I', 't')
+        UNION ALL SELECT oid, proname, pronamespace FROM pg_proc
+        UNION ALL SELECT oid, typname, typnamespace FROM pg_type WHERE typtype IN ('d', 'e', 'r')
+    ) AS things JOIN pg_namespace ON pg_namespace.oid = home
+    WHERE nspname !~ '^(pg_|information_schema$)'
+    AND NOT EXISTS (SELECT 1 FROM pg_depend WHERE objid = things.oid AND deptype = 'e') LIMIT 1
+"""
 
 
 def back_up(settings: ServerSettings, target: Path) -> dict[str, Any]:
@@ -68,25 +78,29 @@ def restore(settings: ServerSettings, source: Path) -> dict[str, Any]:
     with database(settings) as (address, _):
         if (ours := make_url(address).get_backend_name()) != manifest["database"]:
             raise DemoError(f"the backup is of a {manifest['database']} database, and this server's is {ours}.")
-        if check_database(address, settings) or ((file := sqlite_file(address)) and file.exists()):
-            raise DemoError("the database of the server is not empty: restore into a new folder or database.")
+        if found := _content(address):
+            raise DemoError(f"the server's database is not empty ({found}): restore into a new folder or database.")
         with _filled(root) if copied else nullcontext():
             if copied:
-                shutil.copytree(source / "artifacts", root, dirs_exist_ok=True)
+                _copy_private(source / "artifacts", root)
             _load(address, source / f"database.{manifest['database']}")  # last, as it is whole or not at all by itself
     return manifest
 
 
 @contextmanager
 def _filled(folder: Path) -> Iterator[None]:
-    """Make the folder, and remove it if the block that fills it fails; a `DemoError` if it is not empty."""
+    """Make the folder; if the block that fills it fails, remove what was made; a `DemoError` if it is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DemoError(f"{folder} is not empty: choose a new one.")
+    there = folder.exists()  # it may be a disk's, or have an owner of its own
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in folder.iterdir() if there else [folder]:
+            shutil.rmtree(path, ignore_errors=True)
+            if path.is_file():
+                path.unlink()
         if isinstance(error, OSError):
             raise DemoError(f"{folder} can't be filled ({error}): nothing was kept.") from None
         raise
@@ -124,9 +138,17 @@ def _counts(connection: Connection) -> dict[str, int]:
     return {name: connection.scalar(text(f"SELECT count(*) FROM {name}")) for name in ("runs", "metrics")}
 
 
+def _content(address: str) -> str | None:
+    """Return the name of something that the database holds, None if it is empty."""
+    if file := sqlite_file(address):
+        return str(file) if file.exists() else None
+    with connect(address) as connection:
+        return connection.scalar(text(OWN))
+
+
 def _load(address: str, file: Path) -> None:
     if (target := sqlite_file(address)) is not None:
-        with whole_file(target) as partial:
+        with whole_file(target, private=True) as partial:
             shutil.copyfile(file, partial)
         return
     # Unknown to PostgreSQL before version 17, which a dump by a newer pg_dump may well be for.
@@ -149,6 +171,17 @@ def _run_tool(name: str, options: list[str], address: str, script: str | None = 
 def _copy(file: str, place: str) -> None:
     with suppress(FileNotFoundError):  # deleted meanwhile
         shutil.copyfile(file, place)
+
+
+def _copy_private(source: Path, target: Path) -> None:
+    """Copy what is in a folder, for its owner only, as the server writes it."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(mode=0o700)
+        else:
+            place.touch(mode=0o600)
+            shutil.copyfile(path, place)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -18,7 +18,8 @@ from server.settings import PREFIX, ServerSettings
 
 def call(settings: ServerSettings, method: str, path: str, nobody: bool = False, **options: Any) -> requests.Response:
     """Send one request, at once, as the administrator or as nobody; a `DemoError` if no server answers, or refuses."""
-    options = {"auth": None if nobody else _login(settings), "timeout": 20, "allow_redirects": False} | options
+    login = (None if nobody else _login(settings)) or (lambda request: request)  # without one, requests asks a netrc
+    options = {"auth": login, "timeout": 20, "allow_redirects": False} | options
     try:
         answer = requests.request(method, settings.url + path, **options)
     except requests.RequestException:
@@ -31,11 +32,12 @@ def call(settings: ServerSettings, method: str, path: str, nobody: bool = False,
 @contextmanager
 def signed_in(url: str, name: str, password: str) -> Iterator[None]:
     """Point MLflow's clients in this process at the server, with this person's login, until the block ends."""
-    names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    # A login in the user's netrc would go before MLflow's.
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "NETRC")
     before = {each: os.environ[each] for each in names if each in os.environ}
     uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     try:
-        os.environ |= {names[1]: name, names[2]: password}
+        os.environ |= {names[1]: name, names[2]: password, names[3]: os.devnull}
         mlflow.set_tracking_uri(url)
         yield
     finally:

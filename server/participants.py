@@ -15,20 +15,22 @@ from server.client import as_admin, call
 from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # no dot and no slash: they end the person's part of a name
-OTHERS = ("batch", "train", "tune")  # experiments that lessons and commands use besides the lessons' own
+OTHERS = ("batch", "reproduce", "train", "tune")  # experiments that commands use besides the lessons' own
 SHARED = "shared"
 
 
 def read_names(path: Path) -> list[str]:
     """Return the names in the column `name` of the CSV file; a `DemoError` for a bad file, a bad name or one twice."""
     try:
-        read = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
-        lines = [line for line in read if any(line.values())]  # programs leave empty rows at the end
+        text = path.read_text(encoding="utf-8-sig")
+        mark = ";" if ";" in text.partition("\n")[0] else ","  # as spreadsheets write it where 1.5 is 1,5
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=mark, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DemoError(f"{path} can't be read ({error}): name a CSV file with a column `name`, in UTF-8.") from None
-    if not lines or "name" not in lines[0]:
+    header, *lines = [row for row in rows if any(row)] or [[]]  # programs leave empty rows at the end
+    if not lines or "name" not in header:
         raise DemoError(f"{path} needs a first line with a column `name`, with commas, and a line for each person.")
-    names = [(line["name"] or "").strip() for line in lines]
+    names = [dict(zip(header, line, strict=False)).get("name", "") for line in lines]
     if bad := [name for name in names if not NAME.fullmatch(name)]:
         raise DemoError(f"{path}: the name {bad[0]!r} is not allowed: use 1 to 32 letters a-z, digits, - and _.")
     if twice := [name for name in names if names.count(name) > 1]:
@@ -76,12 +78,18 @@ def participants(settings: ServerSettings) -> dict[str, dict[str, str]]:
     return dict(sorted(found.items()))
 
 
-def reset(settings: ServerSettings, name: str) -> str:
-    """Give the participant a new password and return it; the old one works for at most `process.CACHE_SECONDS` more."""
+def reset(settings: ServerSettings, name: str, hand_out: Callable[[dict[str, str]], None]) -> None:
+    """Give the participant a new password, which `hand_out` gets before, as in `add`.
+
+    The old one works for at most `process.CACHE_SECONDS` more.
+
+    Raises:
+        DemoError: there is no such participant, or the server refuses or ends.
+    """
     _require(settings, name)
     password = secrets.token_hex(8)  # no two of its letters look alike on paper
+    hand_out({name: password})
     _ask(settings, "PATCH", "2.0/mlflow/users/update-password", username=name, password=password)
-    return password
 
 
 def remove(settings: ServerSettings, name: str) -> None:

@@ -10,15 +10,17 @@ import sysconfig
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from time import monotonic, sleep
 
 from demo_lib.config import DemoError, whole_file
 from demo_lib.identity import identity, lives
 from demo_lib.ops.guard import await_end, end_group, group
-from demo_lib.ops.processes import refuse_port, wait_for_health
+from demo_lib.ops.processes import QUIET, refuse_port, wait_for_health, without_mlflow
 
 import psutil
 
-from server.database import database, make_folders, own_postgres, stop_postgres
+from server.database import Say, database, make_folders, own_postgres, quiet, stop_postgres
 from server.settings import PREFIX, ServerSettings
 
 HERE = ("127.0.0.1", "localhost")
@@ -45,14 +47,12 @@ def command(settings: ServerSettings) -> list[str]:
 
 
 def environment(settings: ServerSettings, address: str) -> dict[str, str]:
-    """Return the variables that `mlflow server` needs besides those of this process."""
-    chosen = {
+    """Return the variables that `mlflow server` needs besides those of this process that are not MLflow's."""
+    chosen = QUIET | {
         "MLFLOW_BACKEND_STORE_URI": address,
         "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": str(settings.pool_size),
         "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": str(settings.max_overflow),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ASSISTANT_SANDBOX": "true",  # else its shell is the server's, for any client on loopback
     }
     if settings.accounts:
@@ -90,12 +90,13 @@ def refuse(settings: ServerSettings) -> None:
 
 
 @contextmanager
-def running(settings: ServerSettings) -> Iterator["Server"]:
+def running(settings: ServerSettings, say: Say = quiet) -> Iterator["Server"]:
     """Run the server until the block ends, from when it answers; a `DemoError` if it is refused or does not answer."""
     refuse(settings)
-    with database(settings) as (address, postgres):
+    with database(settings, say) as (address, postgres):
         server = Server(settings, address, postgres)
         try:
+            say("starting MLflow (its first start makes the tables) ...")
             server.start()
             server.wait()
             yield server
@@ -120,14 +121,14 @@ class Server:
             with whole_file(folder / AUTH, private=True) as file:
                 file.write_text(auth_config(self.address), encoding="utf-8")
         scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # MLflow calls `uvicorn`
-        variables = os.environ | environment(self.settings, self.address) | {"PATH": scripts}
-        variables.pop("MLFLOW_TRACKING_URI", None)
+        variables = without_mlflow(os.environ) | environment(self.settings, self.address) | {"PATH": scripts}
         variables[MARK] = mark = uuid.uuid4().hex
         (folder / LOG).touch(mode=0o600)
         with (folder / LOG).open("ab") as log:
             arguments = [sys.executable, "-m", "mlflow", *command(self.settings)]
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            self.process = psutil.Popen(arguments, env=variables, cwd=folder, start_new_session=True, **streams)
+            options = {"env": variables, "cwd": folder, "start_new_session": True, "umask": 0o077}  # its owner's only
+            self.process, self.began = psutil.Popen(arguments, **options, **streams), monotonic()
         state = {"supervisor": identity(os.getpid()), "server": self.process.pid, "mark": mark}
         with whole_file(folder / STATE, private=True) as file:
             file.write_text(json.dumps(state))
@@ -140,7 +141,11 @@ class Server:
             raise DemoError(f"the server {error}: look into {self.settings.folder / LOG}.") from None
 
     def supervise(self) -> None:
-        """Start again what dies, PostgreSQL or the server, until an exception such as Ctrl-C ends it."""
+        """Start again what dies, PostgreSQL or the server, until an exception such as Ctrl-C ends it.
+
+        What dies within a minute, again and again, is started after longer and longer pauses, of 30 s at most.
+        """
+        pause = 0.5
         while True:
             with suppress(psutil.TimeoutExpired):
                 self.process.wait(1)
@@ -151,8 +156,11 @@ class Server:
                 except Exception as error:  # such as old processes of it that still hold its memory
                     print(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.", flush=True)
             if self.process.poll() is not None:
-                print(f"the server ended ({self.process.returncode}): starting it again.", flush=True)
+                pause = 1 if monotonic() - self.began > 60 else min(2 * pause, 30)
+                how = f"({self.process.returncode}; log: {self.settings.folder / LOG})"
+                print(f"the server ended {how}: starting it again in {pause:g} s.", flush=True)
                 end_group(self.process.pid)  # its workers outlive it, and hold the port
+                sleep(pause)
                 self.start()
 
 
@@ -171,7 +179,7 @@ def ends_interrupt() -> None:
 
 def start(settings: ServerSettings) -> None:
     """Run the server in the foreground until an interrupt, and start again what dies."""
-    with suppress(KeyboardInterrupt), running(settings) as server:
+    with suppress(KeyboardInterrupt), running(settings, partial(print, flush=True)) as server:
         print(f"MLflow {settings.profile} server on {settings.url} (stop it with Ctrl-C or `python -m server stop`)")
         print(f"log: {settings.folder / LOG}", flush=True)
         server.supervise()

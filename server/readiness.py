@@ -2,11 +2,11 @@
 
 import shutil
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from demo_lib.config import DemoError
-from demo_lib.ops.processes import Finding, examine_one
+from demo_lib.ops.processes import Finding, examine_all
 
 import requests
 
@@ -25,8 +25,7 @@ def examine(settings: ServerSettings) -> list[Finding]:
     checks = {"process": _process, "database": _database, "queries": _queries, "artifacts": _artifacts, "disk": _disk}
     if settings.accounts:
         checks["accounts"] = _accounts
-    with ThreadPoolExecutor(len(checks)) as pool:
-        return list(pool.map(lambda name: examine_one(name, lambda: checks[name](settings)), checks))
+    return examine_all({name: partial(check, settings) for name, check in checks.items()}, 2 * SECONDS)
 
 
 def _process(settings: ServerSettings) -> str:

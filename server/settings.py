@@ -1,7 +1,9 @@
 """The server's settings: typed, from flags, the environment and a file; secrets never from flags."""
 
 import os
+import re
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +11,7 @@ from typing import Annotated, Literal
 from demo_lib.config import AbsolutePath, DemoError, explain, sqlite_uri
 from demo_lib.config import settings as demo_settings
 
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy.engine import make_url
@@ -16,6 +19,7 @@ from sqlalchemy.exc import ArgumentError
 
 PREFIX = "MLFLOW_DEMO_SERVER_"
 ENV_FILE = Path(__file__).with_name("server.env")
+BESIDES = ("ENV_FILE", "POSTGRES_PASSWORD", "S3_KEY")  # variables that are no settings; compose.yaml takes two
 
 
 def _known(address: SecretStr) -> SecretStr:
@@ -30,6 +34,13 @@ def _known(address: SecretStr) -> SecretStr:
     )
 
 
+def _host(name: str) -> str:
+    """Look at the form of a host, which is part of the server's address: IPv6 has another one there."""
+    if re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*", name):
+        return name
+    raise DemoError(f"{PREFIX}HOST = {name!r} is no IPv4 address and no name: write 127.0.0.1, or 0.0.0.0 for all.")
+
+
 class Flags(BaseModel, frozen=True):
     """The settings that flags of the command line can give too."""
 
@@ -38,7 +49,7 @@ class Flags(BaseModel, frozen=True):
         default_factory=lambda: demo_settings().home / "server-data",
         description="folder of database, artifacts, log and state",
     )
-    host: str = Field("127.0.0.1", description="network interface to listen on")
+    host: Annotated[str, AfterValidator(_host)] = Field("127.0.0.1", description="network interface to listen on")
     port: int = Field(5080, ge=1, le=65535, description="port to listen on")
     artifacts: str = Field("", description="folder or s3:// address of the artifacts; empty: in the folder")
     hosts: str = Field("", description="host names, with commas, by which clients reach the server through its proxy")
@@ -106,16 +117,42 @@ class _FromEnvironment(ServerSettings, BaseSettings):
 
 
 def read_settings(**flags: object) -> ServerSettings:
-    """Return the settings, flags before environment before file; a `DemoError` for a bad value or an unsafe file."""
+    """Return the settings, flags before environment before file.
+
+    Raises:
+        DemoError: a value is bad, a name is no setting's, or the file is unsafe or can't be read.
+    """
     named = os.environ.get(f"{PREFIX}ENV_FILE")
     path = Path(named or ENV_FILE)
     if named and named != os.devnull and not path.is_file():
         raise DemoError(f"{PREFIX}ENV_FILE names {path}, which is no file: correct or unset it.")
     if os.name == "posix" and path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise DemoError(f"others can read {path}, which may hold secrets: chmod 600 {path}")
-    try:  # some editors begin UTF-8 with a mark
+    try:
+        _check_names("the environment", os.environ)
+        _check_names(str(path), _names(path) if path.is_file() else ())
+        # Some editors begin UTF-8 with a mark.
         return _FromEnvironment(_env_file=path, _env_file_encoding="utf-8-sig", **flags)
     except ValidationError as error:
         raise DemoError(explain(ServerSettings, error, prefix=PREFIX)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DemoError(f"{path} can't be read ({error}): save it as UTF-8, readable for you.") from None
+
+
+def _names(path: Path) -> list[str]:
+    """Return the names in the file; what python-dotenv can't read it would leave out."""
+    with path.open(encoding="utf-8-sig") as file:
+        read = list(parse_stream(file))
+    if bad := [each.original for each in read if each.error or (each.key and each.value is None)]:
+        text, line = bad[0]
+        line += text[: -len(text.lstrip())].count("\n")  # empty lines before it are in the text
+        raise DemoError(f"line {line} of {path} can't be read: write NAME=value.")
+    return [each.key for each in read if each.key]
+
+
+def _check_names(place: str, names: Iterable[str]) -> None:
+    """Raise a `DemoError` for a name that only looks like a setting's: mistyped, it would change nothing."""
+    known = {f"{PREFIX}{name.upper()}" for name in [*ServerSettings.model_fields, *BESIDES]}
+    ours = sorted(name for name in names if name.upper().startswith("MLFLOW_DEMO_"))
+    if unknown := [name for name in ours if name.upper() not in known]:
+        raise DemoError(f"{unknown[0]} in {place} is no setting: correct it as in server/example.env, or remove it.")

@@ -21,6 +21,16 @@ from demo_lib.config import DemoError
 import requests
 
 GUARD = Path(__file__).with_name("guard.py")
+# What MLflow's variables say of the artifacts' provider; what else they say is a program's own to decide.
+PROVIDER = tuple(f"MLFLOW_{each}_" for each in ("S3", "BOTO", "GCS", "KERBEROS", "PYARROW", "ARTIFACT_UPLOAD"))
+# What every `mlflow server` is told: no job runner, which is a dozen processes, no telemetry, no words about itself.
+QUIET = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PYTHONWARNINGS": "ignore:starlette.middleware.wsgi is deprecated",  # each of its processes says it
+}
 _pipes: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()  # each to a guard
 if hasattr(os, "register_at_fork"):  # a fork that held them open would be one more owner
     os.register_at_fork(after_in_child=lambda: [pipe.close() for pipe in _pipes])
@@ -115,6 +125,13 @@ def examine_all(checks: Mapping[str, Callable[[], str]], seconds: float) -> list
     for thread in threads:
         thread.join(max(0, deadline - time.monotonic()))
     return list(dict(found).values())
+
+
+def without_mlflow(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables without MLflow's, which could send a server's files elsewhere; its provider's stay."""
+    ours = {name: name.upper().lstrip("_") for name in environment}  # it has private ones too
+    kept = [name for name, each in ours.items() if not each.startswith("MLFLOW_") or each.startswith(PROVIDER)]
+    return {name: environment[name] for name in kept}
 
 
 def free_port() -> int:

@@ -286,7 +286,9 @@ def test_lists_have_only_what_one_may_read(workshop, routes, people):
 def test_accounts_show_no_more_than_names(workshop, people):
     listed = people.other.get(f"{workshop.url}{API2}/users/list").json()["users"]
     assert {key for user in listed for key in user} <= {"id", "username", "is_admin", "roles"}
-    assert people.owner_name in {user["username"] for user in listed}
+    assert {user["username"]: user["roles"] for user in listed}[people.owner_name] == []
+    own = people.owner.get(f"{workshop.url}{API2}/users/list").json()["users"]  # who sees the grants that she has
+    assert [user["username"] for user in own if user["roles"]] == [people.owner_name]
 
 
 def state(workshop, people):

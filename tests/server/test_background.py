@@ -30,6 +30,14 @@ def test_what_start_refuses_is_raised_whatever_the_environment_has(tmp_path, mon
         launch(settings)
 
 
+def test_a_start_that_is_cut_off_names_its_log(tmp_path, monkeypatch):
+    (program := tmp_path / "python").write_text("#!/bin/sh\necho starting MLflow")
+    program.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(program))
+    with pytest.raises(DemoError, match=r"^the server ended before it answered: look into .*start\.log\.$"):
+        launch(ServerSettings(folder=tmp_path, port=free_port()))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
 def test_nothing_is_left_when_the_process_that_launched_it_is_killed(home, tmp_path, monkeypatch):
     port = free_port()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import uuid
 from contextlib import contextmanager
 
 from demo_lib.config import DemoError
@@ -12,10 +13,13 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from pydantic import SecretStr
+from sqlalchemy import text
 
 from server.__main__ import main
-from server.backup import _run_tool, back_up, restore
+from server.backup import _content, _hashes, _run_tool, back_up, restore
 from server.client import as_admin, call, signed_in
+from server.database import connect, database_address
 from server.process import running
 from server.settings import ServerSettings
 from tests.server.conftest import make_secrets
@@ -95,6 +99,8 @@ def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path):
     source, manifest, known = backup
     settings = ServerSettings(**known["given"], folder=tmp_path / "new", port=free_port())
     assert restore(settings, source) == manifest
+    filled = [path for path in settings.folder.rglob("*") if path.name != "lock" and path.parent.name != "postgres"]
+    assert "text.txt" in {path.name for path in filled} and not any(path.stat().st_mode & 0o077 for path in filled)
     with running(settings), as_admin(settings):
         assert history(known["run_id"]) == known["history"]
         uri = f"runs:/{known['run_id']}/notes/text.txt"
@@ -113,7 +119,7 @@ def test_a_restored_server_has_the_same_rows_files_and_logins(backup, tmp_path):
     with pytest.raises(DemoError, match="is not empty"):
         restore(settings, source)
     shutil.rmtree(settings.folder / "artifacts")
-    with pytest.raises(DemoError, match=r"database .* is not empty"):
+    with pytest.raises(DemoError, match=r"database is not empty"):
         restore(settings, source)
     assert not list((settings.folder / "artifacts").iterdir())
 
@@ -177,6 +183,58 @@ def fill_the_disk(*arguments):
     raise OSError("No space left on device")
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        "CREATE TABLE mine (a int)", "CREATE SCHEMA x; CREATE VIEW x.mine AS SELECT 1", "CREATE SEQUENCE mine",
+        "CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'", "CREATE TYPE mine AS ENUM ('a')",
+        "CREATE TYPE mine AS (a int)", "CREATE DOMAIN mine AS int", "CREATE TYPE mine AS RANGE (subtype = int4)",
+        "CREATE MATERIALIZED VIEW mine AS SELECT 1",
+    ],
+)  # fmt: skip
+def test_a_database_that_holds_anything_is_not_restored_into(given_database, made):
+    settings, source, ask = given_database
+    ask(made)
+    with pytest.raises(DemoError, match=r"database is not empty \((public|x)\.mine\w*\): restore into a new"):
+        restore(settings, source)
+    assert not ask("SELECT to_regclass('runs')") and not list(settings.artifact_folder.iterdir())
+
+
+def test_what_an_extension_made_is_nobodys_and_a_failed_restore_leaves_the_database_as_it_was(given_database):
+    settings, source, ask = given_database
+    ask("CREATE EXTENSION hstore; CREATE EXTENSION pg_stat_statements")
+    assert _content(settings.address) is None
+    (source / "database.postgresql").write_text("CREATE TABLE runs (a int); CREATE SCHEMA x; SELECT 1 / 0;")
+    manifest = json.loads((source / "manifest.json").read_text()) | {"files": _hashes(source)}
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    settings.artifact_folder.mkdir(parents=True)
+    with pytest.raises(DemoError, match=r"psql failed \(.*division by zero\): nothing was changed"):
+        restore(settings, source)
+    assert _content(settings.address) is None and not ask("SELECT 1 FROM pg_namespace WHERE nspname = 'x'")
+    assert settings.artifact_folder.is_dir() and not list(settings.artifact_folder.iterdir())
+
+
+@pytest.fixture
+def given_database(workshop, tmp_path):
+    """Settings with an empty database of a PostgreSQL that is given, a backup for it, and a function to ask it."""
+    address = database_address(workshop.settings, name := f"given_{uuid.uuid4().hex}")
+    with connect(database_address(workshop.settings), isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    (source := tmp_path / "source" / "artifacts").mkdir(parents=True)
+    (source / "text.txt").write_text("an artifact")
+    (source := source.parent).joinpath("database.postgresql").write_text("CREATE TABLE runs (a int);")
+    known = {"mlflow": mlflow.__version__, "database": "postgresql", "artifacts": "artifacts", "counts": {"runs": 0}}
+    (source / "manifest.json").write_text(json.dumps(known | {"files": _hashes(source)}))
+    given = {"database": SecretStr(address), "folder": tmp_path / "new", "profile": "workshop"}
+
+    def ask(query):
+        with connect(address, isolation_level="AUTOCOMMIT") as connection:
+            answer = connection.execute(text(query))
+            return answer.scalar() if answer.returns_rows else None
+
+    return ServerSettings(**given), source, ask
+
+
 def break_hash(folder):
     next((folder / "artifacts").rglob("text.txt")).write_text("other")
 
@@ -230,7 +288,7 @@ def test_a_restore_that_fails_at_the_database_leaves_nothing(backup, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(DemoError, match="No space left on device"):
         patch.setattr("server.backup._load", fill_the_disk)
         restore(settings, source)
-    assert not (settings.folder / "artifacts").exists() and not (settings.folder / "mlflow.db").exists()
+    assert not list((settings.folder / "artifacts").iterdir()) and not (settings.folder / "mlflow.db").exists()
     restore(settings, source)
 
 

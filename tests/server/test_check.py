@@ -14,6 +14,7 @@ import pytest
 import requests
 from pydantic import SecretStr
 
+from server.client import account_client, as_admin, call
 from server.database import postgres_tool
 from server.process import running
 from server.readiness import examine
@@ -47,6 +48,19 @@ def test_the_command_exits_with_1_and_names_what_fails(tmp_path):
 def test_a_wrong_password_is_named(workshop):
     wrong = workshop.settings.model_copy(update={"admin_password": SecretStr("not the password")})
     assert "administrator's password" in failed(wrong)["queries"]
+
+
+@pytest.mark.parametrize("known", ["admin", "wrong"])
+def test_a_login_in_the_users_netrc_is_not_used(workshop, tmp_path, monkeypatch, known):
+    login = workshop.admin if known == "admin" else ("nobody", "not-a-password")
+    (file := tmp_path / "netrc").write_text("machine 127.0.0.1 login {} password {}\n".format(*login))
+    monkeypatch.setenv("NETRC", str(file))
+    assert requests.get(f"{workshop.url}/version").request.headers["Authorization"]
+    assert failed(workshop.settings) == {}
+    assert call(workshop.settings, "GET", "/api/2.0/mlflow/users/current", nobody=True).status_code == 401
+    with as_admin(workshop.settings):
+        assert account_client(workshop.url).get_user(workshop.admin[0]).is_admin
+    assert os.environ["NETRC"] == str(file)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from server.process import auth_config, command, environment
-from server.settings import PREFIX, ServerSettings, read_settings
+from server.settings import BESIDES, PREFIX, ServerSettings, read_settings
 from tests.conftest import ROOT
 
 FILE = ROOT / "server" / "compose.yaml"
@@ -89,6 +89,11 @@ def test_postgres_allows_every_connection(ours):
         "POSTGRES_DB": "mlflow",
         "POSTGRES_PASSWORD": GIVEN[f"{PREFIX}POSTGRES_PASSWORD"],
     }
+
+
+def test_the_settings_know_every_variable_of_the_file():
+    known = {f"{PREFIX}{name.upper()}" for name in [*ServerSettings.model_fields, *BESIDES]}
+    assert set(re.findall(rf"{PREFIX}\w+", FILE.read_text())) <= known
 
 
 @pytest.mark.parametrize("missing", GIVEN)

@@ -1,8 +1,9 @@
 """Participants: accounts, their experiments and passwords, on the real workshop server."""
 
+import re
 import stat
 
-from demo_lib.config import DemoError
+from demo_lib.config import ROOT, DemoError, lessons
 from demo_lib.store import connect
 
 import mlflow
@@ -65,6 +66,13 @@ def test_each_person_can_edit_their_experiments_and_read_the_shared_one(workshop
         assert {number for number, each in granted.items() if each == "EDIT"} >= own and len(own) >= 11
         assert granted[there["shared/example"]] == "READ"
     assert not known["ann"].keys() & {there[each] for each in area("bob")}
+
+
+def test_people_get_every_experiment_that_lessons_and_commands_use():
+    files = [*(ROOT / "demo_lib").rglob("*.py"), *lessons()]
+    named = re.compile(r'(?:connect\(\\?|experiment: str = )"(\w+)')
+    used = {each for file in files for each in named.findall(file.read_text())}
+    assert {f"me/{each}" for each in used | {path.stem for path in lessons()}} == set(area("me"))
 
 
 def test_adding_twice_changes_nothing_and_the_password_stays(workshop, people):
@@ -176,8 +184,11 @@ def test_the_command_line_adds_shows_resets_and_removes(workshop, people, as_ser
     assert "1 new, 1 already there" in (said := capsys.readouterr().out) and old not in said
     assert as_server("participants", "list") == 0
     assert set(capsys.readouterr().out.split()) >= {"ann", "bob", "carl"}
-    assert as_server("participants", "reset", "carl") == 0
-    new = capsys.readouterr().out.strip()
+    sheet.write_text(f"{sheet.read_text()}dora,kept\n")
+    assert as_server("participants", "reset", "carl", "--sheet", sheet) == 0
+    kept = dict(line.split(",") for line in sheet.read_text().splitlines())
+    assert kept.keys() == {"name", "carl", "dora"} and kept["dora"] == "kept"
+    assert (new := kept["carl"]) not in "".join(capsys.readouterr())
     assert status(workshop, ("carl", old)) == 401 and status(workshop, ("carl", new)) == 200
     with as_admin(workshop.settings):
         client = MlflowClient()
@@ -204,6 +215,8 @@ def test_the_command_line_adds_shows_resets_and_removes(workshop, people, as_ser
         ("name\nann.b\n", "'ann.b' is not allowed"),
         ("name\nann\nbob\nann\n", "'ann' is there twice"),
         ('name\n"ann\n', "can't be read"),
+        ("id;name\n1\n", "'' is not allowed"),
+        ("name\tid\nann\t1\n", "needs a first line"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_sentence(text, message, tmp_path):
@@ -214,8 +227,17 @@ def test_a_bad_file_is_refused_in_one_sentence(text, message, tmp_path):
         read_names(file)
 
 
-def test_a_file_from_a_spreadsheet_is_read(tmp_path):
-    (file := tmp_path / "people.csv").write_bytes(b"\xef\xbb\xbfname,display\r\nann,Ann A.\r\n bob ,\r\n")
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfname,display\r\nann,Ann A.\r\n bob ,\r\n",
+        b"\xef\xbb\xbfdisplay;name\r\nA, Ann;ann\r\n;bob \r\n;\r\n",
+        b" name \nann\n,,\n \nbob,left,over\n",
+        b'"id", name\r\n"1", ann\t\r\n2,"bob "\r\n',
+    ],
+)
+def test_a_file_from_a_spreadsheet_is_read(tmp_path, text):
+    (file := tmp_path / "people.csv").write_bytes(text)
     assert read_names(file) == ["ann", "bob"]
 
 
@@ -242,10 +264,12 @@ def test_a_sheet_that_can_not_be_written_stops_before_the_first_account(workshop
 
 
 def test_only_participants_can_be_reset_and_removed(workshop, people):
-    for action in (reset, remove):
+    handed = []
+    for action in (lambda *given: reset(*given, handed.append), remove):
         for name in ("nobody", "admin"):
             with pytest.raises(DemoError, match=f"no participant '{name}'; there are: .*ann.*bob"):
                 action(workshop.settings, name)
+    assert handed == []
 
 
 def test_the_wrong_password_and_the_wrong_profile_are_said(workshop, as_server, monkeypatch, capsys):

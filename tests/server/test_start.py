@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +13,17 @@ from pathlib import Path
 from demo_lib.config import DemoError, sqlite_uri
 from demo_lib.ops.processes import free_port
 
+import mlflow
 import psutil
 import pytest
 import requests
 import sqlalchemy
 from pydantic import SecretStr
 
+from server.backup import back_up
+from server.client import as_admin
 from server.database import check_database, database, database_address, postgres_tool
-from server.process import auth_config, read_state, refuse, running
+from server.process import Server, auth_config, environment, read_state, refuse, running
 from server.settings import PREFIX, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
 from tests.tools.processes import PATIENCE, normal_signals, wait_until
@@ -84,12 +88,12 @@ def test_a_folder_must_be_there_and_be_writable(tmp_path, given, sentence):
 
 
 def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
-    with (
-        tempfile.TemporaryDirectory(prefix="with space ") as short,  # a long path is none of its sockets'
-        pytest.raises(DemoError, match="its path may have no space"),
-        database(settings(Path(short), profile="workshop", **make_secrets())),
-    ):
-        raise AssertionError("it runs")
+    for name in ("with space", "a'b", 'a"b', "a;b", "a$HOME"):
+        with (
+            pytest.raises(DemoError, match=r"PostgreSQL can't be in .*: choose a --folder without spaces, quotes"),
+            database(settings(tmp_path / name, profile="workshop", **make_secrets())),
+        ):
+            raise AssertionError("it runs")
     (tmp_path / "half" / "postgres").mkdir(parents=True)
     (tmp_path / "half" / "postgres" / "postmaster.pid").write_text("-1")
     with (
@@ -97,6 +101,30 @@ def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
         database(settings(tmp_path / "half", profile="workshop", **make_secrets())),
     ):
         raise AssertionError("it runs")
+
+
+@pytest.mark.parametrize(
+    ("profile", "name"),
+    [("local", """it's "the 東京 #1;$HOME"""), pytest.param("workshop", "really?ü#", marks=pytest.mark.slow)],
+)
+def test_a_folder_with_any_other_sign_works(profile, name):
+    with tempfile.TemporaryDirectory(prefix=name) as folder:  # a short path, in which PostgreSQL has its socket
+        given = settings(Path(folder), profile=profile, **make_secrets())
+        with running(given), as_admin(given):
+            with mlflow.start_run(experiment_id="0") as run:
+                mlflow.log_text(name, "text.txt")
+            assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/text.txt") == name
+            assert back_up(given, Path(folder, "backup"))["counts"]["runs"] == 1
+        assert [path.read_text() for path in Path(folder, "artifacts").rglob("text.txt")] == [name]
+
+
+def test_what_is_kept_elsewhere_than_the_path_says_is_refused(tmp_path):
+    with pytest.raises(DemoError, match=r"choose a folder without \? and %"), running(settings(tmp_path / "really?")):
+        raise AssertionError("it runs")
+    for given in ({"folder": tmp_path / "50%20"}, {"folder": tmp_path, "artifacts": str(tmp_path / "50%20")}):
+        with pytest.raises(DemoError, match=r"can't keep artifacts in .*50%20.*: choose a folder without %"):
+            refuse(settings(**given, profile="workshop", **make_secrets()))
+    refuse(settings(tmp_path, artifacts="s3://bucket/50%20"))
 
 
 def test_two_starts_at_once_do_not_meet(tmp_path):
@@ -183,16 +211,41 @@ def test_a_file_that_others_can_read_is_refused(tmp_path, monkeypatch):
         read_settings()
 
 
-def test_what_can_not_be_read_in_the_file_is_said(tmp_path, monkeypatch, caplog):
+def test_what_can_not_be_read_in_the_file_is_said(tmp_path, monkeypatch):
     (file := tmp_path / "server.env").touch(0o600)
     monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
-    file.write_text(f"\ufeff{PREFIX}PORT=6001\n{PREFIX}FOLDER=~/data\n{PREFIX}PROFILE: workshop\n")
-    found = read_settings()
-    assert (found.port, found.folder) == (6001, Path.home() / "data")
-    assert "could not parse statement starting at line 3" in caplog.text
+    good = f"\ufeff# mine\n{PREFIX}PORT=6001\n\n{PREFIX}FOLDER=~/data\n"
+    file.write_text(f"{good}export AWS_REGION='x'\nMLFLOW_S3_ENDPOINT_URL=\n{PREFIX}POSTGRES_PASSWORD=y\n")
+    assert (read_settings().port, read_settings().folder) == (6001, Path.home() / "data")
+    for line in (f"{PREFIX}PROFILE: workshop", f"{PREFIX}PROFILE", f"{PREFIX}SECRET_KEY='x"):
+        file.write_text(f"{good}\n{line}\n")
+        with pytest.raises(DemoError, match=r"^line 6 of .*server\.env can't be read: write NAME=value\.$"):
+            read_settings()
     file.write_bytes(f"{PREFIX}ADMIN_PASSWORD=König".encode("latin-1"))
     with pytest.raises(DemoError, match="save it as UTF-8"):
         read_settings()
+
+
+@pytest.mark.parametrize("name", [f"{PREFIX}PROFIL", "MLFLOW_DEMO_PROFILE", f"{PREFIX}ARTIFACT".lower()])
+def test_a_mistyped_name_is_no_setting(tmp_path, monkeypatch, name):
+    (file := tmp_path / "server.env").touch(0o600)
+    file.write_text(f"{name}=workshop\n")
+    monkeypatch.setenv(f"{PREFIX}ENV_FILE", str(file))
+    with pytest.raises(DemoError, match=rf"^{name} in .*server\.env is no setting"):
+        read_settings()
+    file.write_text("")
+    monkeypatch.setenv(name, "workshop")
+    with pytest.raises(DemoError, match=f"^{name} in the environment is no setting"):
+        read_settings()
+
+
+HOSTS = ["::1", "[::1]", "fe80::1%eth0", "http://127.0.0.1", "127.0.0.1:5080", "", " ", "-h", "a..b"]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_host_is_a_name_or_an_ipv4_address(host):
+    with pytest.raises(DemoError, match=r"^MLFLOW_DEMO_SERVER_HOST = .* is no IPv4 address and no name: write 127"):
+        read_settings(host=host)
 
 
 def test_a_bad_value_is_one_sentence(monkeypatch):
@@ -219,6 +272,62 @@ def test_a_server_that_ends_at_once_names_its_log(tmp_path, monkeypatch):
         raise AssertionError("it runs")
     assert "no-such-option" in (tmp_path / "server.log").read_text()
     assert read_state(settings(tmp_path)) is None
+
+
+def test_a_server_that_dies_at_once_is_started_after_longer_and_longer_pauses(tmp_path, monkeypatch, capsys):
+    lived, pauses = [1, 1, 1, 59, 1, 1, 1, 61, 2], []
+    times = iter([time for seconds in lived for time in (0, seconds)] + [0])
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == len(lived):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.process.sys.executable", shutil.which("false"))
+    monkeypatch.setattr("server.process.monotonic", lambda: next(times))
+    monkeypatch.setattr("server.process.sleep", pause)
+    server = Server(settings(tmp_path), sqlite_uri(tmp_path / "mlflow.db"), None)
+    server.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.supervise()
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 1, 2]
+    said = f"the server ended (1; log: {tmp_path / 'server.log'}): starting it again in 16 s."
+    assert capsys.readouterr().out.splitlines()[4] == said
+
+
+def test_a_server_gets_no_variable_of_mlflow_but_its_own_and_those_of_the_provider(tmp_path, monkeypatch):
+    for name in ("MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", "_MLFLOW_SERVER_ARTIFACT_ROOT", f"{PREFIX}SECRET_KEY"):
+        monkeypatch.setenv(name, "of the shell")
+    for name in ("AWS_REGION", "MLFLOW_S3_ENDPOINT_URL", "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"):
+        monkeypatch.setenv(name, "of the provider")
+    monkeypatch.setattr("server.process.command", lambda settings: ["gc", "--help"])
+    server = Server(given := settings(tmp_path), sqlite_uri(tmp_path / "mlflow.db"), None)
+    server.start()
+    found = server.process.environ()
+    server.process.wait(PATIENCE)
+    named = {name: value for name, value in found.items() if "MLFLOW_" in name and value != "of the provider"}
+    ours = {name: value for name, value in environment(given, server.address).items() if "MLFLOW_" in name}
+    assert named == ours and "of the shell" not in found.values()
+    assert list(found.values()).count("of the provider") == 3
+
+
+def test_what_a_server_writes_is_its_owners_only(tmp_path):
+    (tmp_path / "artifacts").mkdir(0o755)
+    (tmp_path / "artifacts").chmod(0o755)
+    (tmp_path / "mlflow.db").touch(0o644)  # both as an earlier version left them
+    with running(given := settings(tmp_path)), as_admin(given), mlflow.start_run(experiment_id="0"):
+        mlflow.log_text("mine", "notes/text.txt")
+    written = [each for each in tmp_path.rglob("*") if each.name != "lock"]
+    assert {"text.txt", "mlflow.db", "server.log"} <= {each.name for each in written}
+    assert [each for each in written if each.stat().st_mode & 0o077] == []
+    (named := tmp_path / "named").mkdir(0o755)
+    refuse(settings(tmp_path / "new", artifacts=str(named)))
+    assert named.stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777 == 0o755
+
+
+def test_the_log_has_no_warning_for_programmers(workshop):
+    log = (workshop.settings.folder / "server.log").read_text()
+    assert "Security middleware enabled" in log and "DeprecationWarning" not in log
 
 
 def test_stop_says_that_nothing_runs(tmp_path):
@@ -252,7 +361,9 @@ def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
     given = {f"{PREFIX}PORT": str(port), f"{PREFIX}PROFILE": "workshop"}
     given |= {f"{PREFIX}{name.upper()}": value.get_secret_value() for name, value in make_secrets().items()}
     server = command(tmp_path, "start", **given)
-    assert "server on" in server.stdout.readline(), server.communicate(timeout=PATIENCE)
+    said = [server.stdout.readline() for _ in range(3)]
+    assert [line.split(" (")[0] for line in said[:2]] == ["starting PostgreSQL", "starting MLflow"]
+    assert "server on" in said[2], server.communicate(timeout=PATIENCE)
     processes = tree(server.pid)
     postgres = int((tmp_path / "postgres" / "postmaster.pid").read_text().splitlines()[0])
     assert requests.get(f"http://127.0.0.1:{port}/health", timeout=10).ok and len(processes) >= 4
@@ -268,3 +379,28 @@ def test_nothing_is_left_of_a_server_that_was_ended(tmp_path, end):
     wait_until(lambda: not psutil.pid_exists(postgres) or psutil.Process(postgres).status() == "zombie")
     assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     assert Path(postgres_tool("pg_ctl")).is_file() and not (tmp_path / "server.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at process groups, and what a clock does to them")
+def test_stop_leaves_a_later_process_of_the_old_number_alone(tmp_path):
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as later:
+        here = identity(os.getpid()).rsplit(":", 1)[0]
+        state = {"supervisor": f"{here}:1", "server": later.pid, "mark": "of a server that is gone"}
+        (tmp_path / STATE).write_text(json.dumps(state))
+        assert not stop(settings(tmp_path))
+        assert later.poll() is None
+        later.kill()
+
+
+def test_a_running_server_is_known_whatever_the_clock_says(local, monkeypatch):
+    real = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+    assert read_state(local.settings)["supervised"]
+    with pytest.raises(DemoError, match="a server already runs in"):
+        refuse(local.settings)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"supervisor": [1, 2], "server": [1, 2]}'])
+def test_a_state_that_another_version_wrote_is_no_server(tmp_path, text):
+    (tmp_path / STATE).write_text(text)
+    assert read_state(settings(tmp_path)) is None

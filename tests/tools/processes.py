@@ -31,9 +31,10 @@ def scoring_servers(home: object) -> list[int]:
 
 def team_servers(home: object) -> list[int]:
     """Return the ids of the tracking servers, and of the commands that start them, that have this `DEMO_HOME`."""
-    # A test's own `mlflow server` has no folder of settings.
-    marks = {"DEMO_HOME": str(home), "MLFLOW_DEMO_SERVER_FOLDER": None}
-    return _processes(marks, "-m server start", "-m mlflow server", "mlflow.server")
+    # A test's own `mlflow server` has neither variable.
+    ours = _processes({"DEMO_HOME": str(home), "MLFLOW_DEMO_SERVER_FOLDER": None}, "-m server start")
+    marks = {"DEMO_HOME": str(home), "MLFLOW_BACKEND_STORE_URI": None}
+    return ours + _processes(marks, "-m mlflow server", "mlflow.server")
 
 
 def _processes(marks: dict[str, str | None], *words: str) -> list[int]:
