@@ -204,7 +204,7 @@ def read_state(settings: ServerSettings) -> dict | None:
         state = json.loads((settings.folder / STATE).read_text())
         state["supervised"] = lives(state["supervisor"]) is True
         return state if state["supervised"] or _left(state) else None
-    except (OSError, ValueError, KeyError, AttributeError):  # none, or one that another version wrote
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that another version wrote
         return None
 
 

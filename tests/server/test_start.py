@@ -1,5 +1,6 @@
 """What `start` refuses, in one sentence; what it passes on to MLflow; and that `stop` leaves nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from demo_lib.config import DemoError, sqlite_uri
+from demo_lib.identity import identity
 from demo_lib.ops.processes import free_port
 
 import mlflow
@@ -23,7 +25,7 @@ from pydantic import SecretStr
 from server.backup import back_up
 from server.client import as_admin
 from server.database import check_database, database, database_address, postgres_tool
-from server.process import Server, auth_config, environment, read_state, refuse, running
+from server.process import STATE, Server, auth_config, environment, read_state, refuse, running, stop
 from server.settings import PREFIX, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
 from tests.tools.processes import PATIENCE, normal_signals, wait_until
@@ -119,7 +121,7 @@ def test_a_folder_with_any_other_sign_works(profile, name):
 
 
 def test_what_is_kept_elsewhere_than_the_path_says_is_refused(tmp_path):
-    with pytest.raises(DemoError, match=r"choose a folder without \? and %"), running(settings(tmp_path / "really?")):
+    with pytest.raises(DemoError, match=r"leave \? and % out"), running(settings(tmp_path / "really?")):
         raise AssertionError("it runs")
     for given in ({"folder": tmp_path / "50%20"}, {"folder": tmp_path, "artifacts": str(tmp_path / "50%20")}):
         with pytest.raises(DemoError, match=r"can't keep artifacts in .*50%20.*: choose a folder without %"):
