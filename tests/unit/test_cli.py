@@ -12,6 +12,7 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
+import requests
 from mlflow import MlflowException
 
 from tests.tools.processes import serving, wait_until
@@ -99,7 +100,9 @@ def test_no_sentence_shows_a_password(call, monkeypatch, variable, address, argu
 def test_the_ui_ends_with_the_command_however_it_ends(home, monkeypatch):
     port = free_port()
     monkeypatch.setenv("DEMO_UI_PORT", str(port))
+    monkeypatch.setenv("MLFLOW_SERVER_ALLOWED_HOSTS", "elsewhere.example")  # of another server
     with serving([sys.executable, "-m", "demo_lib", "ui"], f"http://127.0.0.1:{port}/health") as command:
+        assert requests.get(f"http://127.0.0.1:{port}/version").ok
         server = psutil.Process(command.pid).children(recursive=True)
         assert not [each for each in server if "sqlite" in " ".join(each.cmdline())]  # an address may hold a password
         command.kill()

@@ -152,7 +152,9 @@ def test_a_run_that_has_ended_is_not_gone_on_with(home, monkeypatch):
     with mlflow.start_run() as ended:
         pass
     monkeypatch.setenv("MLFLOW_RUN_ID", ended.info.run_id)
-    with pytest.raises(DemoError, match=r"is no open run of the store .*; else unset MLFLOW_RUN_ID"):
+    with pytest.raises(
+        DemoError, match=r"is no open run of the store .*: unset MLFLOW_RUN_ID; but if this is in `mlflow run`"
+    ):
         connect("train")
     assert mlflow.get_run(ended.info.run_id).info.status == "FINISHED"
 

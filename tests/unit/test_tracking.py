@@ -349,12 +349,6 @@ def test_an_interrupt_shows_one_line_in_a_notebook(home):
     assert line == f"KeyboardInterrupt: run {run.info.run_name} ({run.info.run_id}) ended KILLED."
 
 
-def test_a_run_id_of_another_project_is_named_with_what_to_do(home, monkeypatch):
-    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(DemoError, match=r"is no open run of the store .*: unset MLFLOW_RUN_ID; but if"):
-        connect("ends")
-
-
 SECOND = """
 import requests
 from demo_lib.store import connect

@@ -1,5 +1,9 @@
 """The network and its training."""
 
+import os
+import subprocess
+import sys
+
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import load_data
 from demo_lib.model import build_model
@@ -84,3 +88,13 @@ def test_the_weights_depend_on_the_seed_alone():
     torch.rand(3)
     first = build_model(TrainConfig(seed=5)).state_dict()
     assert all(torch.equal(value, first[name]) for name, value in build_model(TrainConfig(seed=5)).state_dict().items())
+
+
+def test_a_container_with_few_cores_gets_as_many_threads():
+    code = "import demo_lib.training, torch; print(torch.get_num_threads())"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "6",
+        "LOKY_MAX_CPU_COUNT": "1",
+    }  # joblib takes it for the container's
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "1\n"
