@@ -23,7 +23,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the lessons' models belong in the store of their runs, not in production
+# The lessons' models belong in the store of their runs, not in production; their metrics to their own models.
+for _name in ("MLFLOW_REGISTRY_URI", "MLFLOW_ACTIVE_MODEL_ID"):
+    os.environ.pop(_name, None)
 
 # A proxy, of the environment or of the system's settings, can't reach this machine's own servers.
 _proxies = getproxies()

@@ -15,6 +15,7 @@ from demo_lib.config import (
     TrainConfig,
     TuneConfig,
     read_yaml,
+    refuse_lost_folder,
     settings,
     sqlite_file,
     tracking_uri,
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     given = _parser().parse_args(arguments)
     try:
+        refuse_lost_folder()
         return given.do(given) or 0
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         # A full disk, a store that went away: what is wrong stands in the first line, and SQL in the next.
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORES:
             raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
+        print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
         return 1
 
 
@@ -168,6 +171,8 @@ def _plot(given: argparse.Namespace) -> None:
     open_store()
     run = find_run(given.run_id)
     history = histories([run.info.run_id], ["train_loss", "val_loss"])
+    if history.empty:
+        raise DemoError(f"run {run.info.run_id} has logged no loss: choose a run that trained a network.")
     figure = loss_curve(history, f"Loss of {run.info.run_name}")
     MlflowClient().log_figure(run.info.run_id, figure, "loss_curve.png")
     _say(run, "logged loss_curve.png")

@@ -26,6 +26,14 @@ class DemoError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+def refuse_lost_folder() -> None:
+    """Raise a DemoError if the folder that this process works in was deleted: libraries then fail in odd ways."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise DemoError("the folder that you are in was deleted: change to one that is there.") from None
+
+
 def lessons() -> list[Path]:
     """Return the notebooks of all lessons in order; none, as in a plain `pip install .`, is a DemoError."""
     if found := sorted(LESSONS.glob("[0-9][0-9]_*.ipynb")):
@@ -69,19 +77,24 @@ def settings() -> Settings:
 
 def tracking_uri() -> str:
     """Return the address of the store: `MLFLOW_TRACKING_URI`, else the SQLite file; SQLite paths made absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(settings().home / "store" / "mlflow.db")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or sqlite_uri(settings().home / "store" / "mlflow.db")
     database = sqlite_file(uri)
     return uri if database is None else sqlite_uri(database)
 
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the absolute path of a SQLite database, None for any other address."""
-    found = re.match(r"sqlite(?:\+\w+)?:///(.+)", uri)
-    return Path(found[1]).absolute() if found else None
+    found = re.match(r"sqlite(?:\+\w+)?:///(.+)", uri, re.DOTALL)
+    return Path(os.path.expanduser(found[1])).absolute() if found else None  # noqa: PTH111
 
 
 def sqlite_uri(database: Path) -> str:
     """Return the address of a SQLite store, which can't say every path."""
+    if database.name == ":memory:":
+        raise DemoError("a database in memory is gone with its process: name a file.")
+    if not str(database).isprintable():
+        todo = "rename the folder or, for letters such as ü, set LC_ALL=C.UTF-8"
+        raise DemoError(f"the path {str(database)!r} has signs that can't be used: {todo}.")
     if {"?", "%"} & {*str(database)}:
         raise DemoError(f"the database {database} can't be used: leave ? and % out of its address, and of its path.")
     return f"sqlite:///{database.as_posix()}"
@@ -157,7 +170,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DemoError(f"{path} can't be read as YAML ({' '.join(str(error).split())}): correct it.") from None
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise DemoError(f"{path} must hold one `name: value` a line, not a {type(values).__name__}.")
+        raise DemoError(f"{path} must hold one `name: value` a line, each name a word.")
     return values
 
 

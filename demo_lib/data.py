@@ -118,9 +118,10 @@ def find_data(download: bool = True) -> FashionData:
     options, cache = settings(), settings().home / "data"
     if options.data_dir:
         return _read(f"folder {options.data_dir}", options.data_dir)
-    if not (cache / RAW).is_dir() and DEBIAN.is_dir():
+    cached = (cache / RAW).is_dir() and any((cache / RAW).iterdir())
+    if not cached and DEBIAN.is_dir():
         return _read("Debian's package", DEBIAN)
-    if (cache / RAW).is_dir() or (download and options.download and _download(cache)):
+    if cached or (download and options.download and _download(cache)):
         return _read("the cache", cache)
     return _read("the shipped sample of 9,800 images, NOT the whole set", SAMPLE)
 

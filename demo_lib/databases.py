@@ -1,5 +1,6 @@
 """Databases of MLflow and Optuna: whether one answers, whose tables are in it, and what SQLite needs besides."""
 
+import os
 import re
 import sqlite3
 import tempfile
@@ -43,27 +44,43 @@ def open_database(uri: str) -> None:
         raise DemoError(f"MLFLOW_TRACKING_URI = {without_login(uri)!r} is no store: {what}, or unset it.")
 
 
-def make_store(database: Path) -> None:
-    """Make the SQLite store if it is not there; a place that can't be written, or is a folder, is a DemoError."""
+def make_store(database: Path, artifacts: str = "") -> None:
+    """Make the SQLite store if it is not there, whole or not at all, with its files at `artifacts` or beside it.
+
+    A place that can't be written, or is a folder, is a DemoError.
+    """
+    root = artifacts or (database.parent / "artifacts").as_uri()
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        if not database.is_file():
+        if _is_new(database):
             tempfile.TemporaryFile(dir=database.parent).close()  # where nothing can be written, a lock waits for ever
         # One process makes the tables while others wait: they would break each other's.
         lock = FileLock(database.with_name(f".{database.name}.lock"), timeout=60)
-        with lock if not database.is_file() else nullcontext():
-            if not database.is_file():
+        with lock if _is_new(database) else nullcontext():
+            if _is_new(database):
                 with whole_file(database) as partial:
                     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # private; takes a second
 
                     # MLflow's only public way to make the tables is to start a whole server.
-                    SqlAlchemyStore(sqlite_uri(partial), (database.parent / "artifacts").as_uri())._dispose_engine()
+                    SqlAlchemyStore(sqlite_uri(partial), root)._dispose_engine()
         has_mlflow(sqlite_uri(database))
         _speed_up_sorting(database)
         _follow(database)
     except (OSError, sqlite3.DatabaseError) as error:
         what = "set DEMO_HOME or MLFLOW_TRACKING_URI to a place that can be written, and where no other file lies"
         raise DemoError(f"the store {database} can't be used ({error}): {what}.") from None
+
+
+def _is_new(database: Path) -> bool:
+    return not database.exists() or (database.is_file() and not database.stat().st_size)
+
+
+def refuse_reader(database: Path) -> None:
+    """Raise a DemoError if you may read the SQLite store, or its artifacts, but not write there."""
+    places = [database, database.parent, database.parent / "artifacts"]  # SQLite writes beside the file
+    if closed := [each for each in places if each.exists() and not os.access(each, os.W_OK)]:
+        todo = "make it yours (with `chown`, where it was made by sudo), or set DEMO_HOME to a folder of your own"
+        raise DemoError(f"you may not write to {closed[0]}: {todo}.")
 
 
 def has_mlflow(address: str) -> bool:
@@ -77,7 +94,7 @@ def has_mlflow(address: str) -> bool:
 
         if revision != (expected := _get_latest_schema_revision()):
             why = f"the database {without_login(address)} has the tables of another MLflow"
-            todo = "copy it, then run `mlflow db upgrade` with its address, or install the MLflow that made it"
+            todo = "copy it, then run `mlflow db upgrade` with its address, or use the MLflow that made it"
             raise DemoError(f"{why} (version {revision}, this one needs {expected}): {todo}.")
     return bool(names)
 

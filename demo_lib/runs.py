@@ -25,8 +25,9 @@ def find_run(run_id: str) -> Run:
         like = f"attributes.run_id LIKE '{asked}%'"
         found = mlflow.search_runs(None, like, ViewType.ALL, 3, output_format="list", search_all_experiments=True)
     if not found:
+        what = f"no run's id begins with {run_id!r} (at least 4 digits and letters a-f)"
         todo = "copy an id from the MLflow UI, or set MLFLOW_TRACKING_URI to the store that has the run"
-        raise DemoError(f"no run's id begins with {run_id!r} (at least 4 digits and letters a-f): {todo}.")
+        raise DemoError(f"{what} in {without_login(tracking_uri())}: {todo}.")
     if len(found) > 1:
         raise DemoError(f"the ids of several runs begin with {run_id!r}: give more characters.")
     if found[0].info.lifecycle_stage == "deleted":

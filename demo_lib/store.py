@@ -1,6 +1,7 @@
 """The tracking store: which one and whose experiment, runs that were left behind, links into the MLflow UI."""
 
 import html
+import logging
 import os
 import socket
 from contextlib import suppress
@@ -21,6 +22,9 @@ from mlflow.utils.credentials import get_default_host_creds  # isort: skip
 from mlflow.utils.rest_utils import http_request  # isort: skip
 
 
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages of what the exceptions say, too
+
+
 def connect(experiment: str) -> Experiment:
     """Choose the tracking store, make the experiment the active one, close runs that died, and return the experiment.
 
@@ -30,6 +34,10 @@ def connect(experiment: str) -> Experiment:
     A server that doesn't answer, and a store or an experiment that can't be used, are a DemoError.
     """
     database, client, name = sqlite_file(open_store()), MlflowClient(), own_name(experiment)
+    if database:
+        from demo_lib.databases import refuse_reader
+
+        refuse_reader(database)
     if MLFLOW_RUN_ID.get():
         found = mlflow.set_experiment(experiment_id=_opened_run().info.experiment_id)
     else:

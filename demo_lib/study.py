@@ -20,6 +20,7 @@ from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -34,10 +35,13 @@ def open_study(config: TuneConfig, storage: str | None = None) -> optuna.Study:
     """Create the study or load it by its name.
 
     `storage` is a database address of Optuna's, by default the SQLite file `store/optuna.db`; with "memory" nothing
-    lasts. MLflow's own database, or one that can't be opened, is a DemoError.
+    lasts. MLflow's own database, one that can't be opened, and a study that others made are a DemoError.
     """
     opened = None if storage == MEMORY else open_storage(storage)
     study = optuna.create_study(storage=opened, study_name=config.study, direction="maximize", load_if_exists=True)
+    foreign = study.trials or study.direction != StudyDirection.MAXIMIZE
+    if foreign and "config" not in study.user_attrs:
+        raise DemoError(f"the study {config.study!r} in this storage was not made here: give yours another name.")
     equip(study, config, alone=config.workers == 1)
     return study
 
@@ -56,8 +60,11 @@ def equip(study: optuna.Study, config: TuneConfig, alone: bool) -> None:
 def open_storage(address: str | None = None) -> RDBStorage:
     """Open the storage of studies at the address, by default a SQLite file; errors are those of `open_study`."""
     address = address or settings().storage or sqlite_uri(settings().home / "store" / "optuna.db")
+    if database := sqlite_file(address):
+        address = sqlite_uri(database)
+    elif address.startswith("sqlite"):
+        raise DemoError(f"{address} lasts no longer than its process: name a file, or give {MEMORY!r}.")
     refuse_mlflow(address)
-    database = sqlite_file(address)
     try:
         if database:
             database.parent.mkdir(parents=True, exist_ok=True)

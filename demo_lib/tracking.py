@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # PyTorch takes seconds to load, and the batch run tracks wit
 
     from torch import Tensor, nn
 
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
 
 
@@ -59,8 +60,8 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
 def truthful_status() -> Iterator[None]:
     """End the active run with the status that tells what happened; use it in the `with` that starts the run.
 
-    Ctrl-C, SIGTERM and `sys.exit` end it KILLED (MLflow alone says FAILED, or leaves it RUNNING); any other exception
-    ends it FAILED. The tag `error` has the exception, which goes on; SIGTERM still ends the process.
+    Ctrl-C, SIGTERM, SIGHUP and `sys.exit` end it KILLED (MLflow alone says FAILED, or leaves it RUNNING); any other
+    exception ends it FAILED. The tag `error` has the exception, which goes on; the signals still end the process.
     """
     run = mlflow.active_run()
     if run is None:
@@ -73,7 +74,7 @@ def truthful_status() -> Iterator[None]:
             if interrupted:  # IPython asks for it: a page of traceback says nothing
                 shown = f"{type(error).__name__}: run {run.info.run_name} ({run.info.run_id}) ended KILLED."
                 error._render_traceback_ = lambda: [shown]  # type: ignore[attr-defined]
-            with signals({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}):
+            with signals(dict.fromkeys([signal.SIGINT, *ENDS], signal.SIG_IGN)):
                 if interrupted:  # a query that was cut off keeps SQLite locked as long as the traceback's frames live
                     traceback.clear_frames(error.__traceback__)
                 MlflowClient().set_tag(run.info.run_id, "error", f"{type(error).__name__}: {error}".rstrip(": ")[:5000])
@@ -84,29 +85,34 @@ def truthful_status() -> Iterator[None]:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; raised so that `with` blocks and generators end before the process does."""
+    """SIGTERM or SIGHUP (a closed terminal) came; raised so that `with` blocks end before the process does."""
+
+    signum: int = signal.SIGTERM
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that what the block must clean up is cleaned up, and then send it again."""
+    """Turn such a signal into an exception, so that the block cleans up what it must, and then send it again."""
 
     def handler(signum: int, frame: object) -> None:
-        raise Terminated
+        error = Terminated()
+        error.signum = signum
+        raise error
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             return before(lost)
         # It came in a `__del__`, where Python drops exceptions.
-        signum = signal.SIGTERM if lost.exc_type is Terminated else signal.SIGINT
+        signum = getattr(lost.exc_value, "signum", signal.SIGINT)
         threading.Timer(0.1, signal.raise_signal, [signum]).start()
 
     before, sys.unraisablehook = sys.unraisablehook, hook
     try:
-        with signals({signal.SIGTERM: handler}):
+        # One that is ignored stays so, as after `nohup`.
+        with signals({signum: handler for signum in ENDS if signal.getsignal(signum) != signal.SIG_IGN}):
             yield
-    except Terminated:
-        os.kill(os.getpid(), signal.SIGTERM)
+    except Terminated as error:
+        os.kill(os.getpid(), error.signum)
         raise
     finally:
         sys.unraisablehook = before
@@ -165,7 +171,11 @@ def _source() -> dict[str, str]:
 
 def _commit() -> dict[str, str]:
     try:
-        with git.Repo(ROOT) as repository:
+        # Not what a hook of git, which sets these, is about.
+        with (
+            git.Repo(ROOT) as repository,
+            repository.git.custom_environment(GIT_DIR=repository.git_dir, GIT_WORK_TREE=str(repository.working_dir)),
+        ):
             commit, dirty = repository.head.commit.hexsha, str(repository.is_dirty()).lower()
         return {"mlflow.source.git.commit": commit, "git_dirty": dirty}
     except (git.exc.GitError, ValueError, OSError):  # no repository, no commit yet, no git, or not ours to read

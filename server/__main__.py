@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from demo_lib.config import DemoError
+from demo_lib.config import DemoError, refuse_lost_folder
 
 from server import process
 from server.settings import Flags, ServerSettings, read_settings
@@ -15,6 +15,7 @@ from server.settings import Flags, ServerSettings, read_settings
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 not in order, 2 bad input, 130 interrupted."""
     try:
+        refuse_lost_folder()
         given = _parser().parse_args(arguments)
         flags = {name: value for name, value in vars(given).items() if name in Flags.model_fields}
         return given.do(read_settings(**flags), given) or 0
@@ -86,7 +87,8 @@ def _backup(settings: ServerSettings, given: argparse.Namespace) -> None:
     from server.backup import back_up
 
     manifest = back_up(settings, given.place.absolute())
-    print(f"backed up {manifest['counts']['runs']} runs to {given.place}.")
+    files = sum(name.startswith("artifacts/") for name in manifest["files"])
+    print(f"backed up {manifest['counts']['runs']} runs and {files} files of artifacts to {given.place}.")
     if "://" in manifest["artifacts"]:
         print(f"Not in it: artifacts at {manifest['artifacts']}; copy them by their provider's tool, as `aws s3 sync`.")
 

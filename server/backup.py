@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from demo_lib.databases import connect
 import mlflow
 from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from server.database import check_database, database, database_address, folders, postgres_tool
 from server.settings import ServerSettings
@@ -48,7 +50,8 @@ def back_up(settings: ServerSettings, target: Path) -> dict[str, Any]:
         raise DemoError(f"the server in {settings.folder} has no tables yet: there is nothing to back up.")
     dialect = make_url(address).get_backend_name()
     with _filled(target):
-        target.chmod(0o700)  # password hashes, and what the models were trained on
+        with suppress(PermissionError):  # of a disk that is another user's, or knows no modes
+            target.chmod(0o700)  # password hashes, and what the models were trained on
         counts = _dump(address, target / f"database.{dialect}")
         if root:
             shutil.copytree(root, target / "artifacts", copy_function=_copy)
@@ -75,9 +78,9 @@ def restore(settings: ServerSettings, source: Path) -> dict[str, Any]:
         raise DemoError(f"the backup has artifacts, and this server's are at {settings.artifact_root}: set a folder.")
     if (made := manifest["mlflow"]) != mlflow.__version__:
         raise DemoError(f"the backup is of MLflow {made}, this is {mlflow.__version__}: install that one.")
+    if (ours := make_url(settings.address or "postgresql://").get_backend_name()) != manifest["database"]:
+        raise DemoError(f"the backup is of a {manifest['database']} database, and this server's is {ours}.")
     with database(settings) as (address, _):
-        if (ours := make_url(address).get_backend_name()) != manifest["database"]:
-            raise DemoError(f"the backup is of a {manifest['database']} database, and this server's is {ours}.")
         if found := _content(address):
             raise DemoError(f"the server's database is not empty ({found}): restore into a new folder or database.")
         with _filled(root) if copied else nullcontext():
@@ -101,8 +104,9 @@ def _filled(folder: Path) -> Iterator[None]:
             shutil.rmtree(path, ignore_errors=True)
             if path.is_file():
                 path.unlink()
-        if isinstance(error, OSError):
-            raise DemoError(f"{folder} can't be filled ({error}): nothing was kept.") from None
+        if isinstance(error, OSError | SQLAlchemyError):
+            reason = getattr(error, "orig", error)  # without the SQL
+            raise DemoError(f"{folder} can't be filled ({reason}): nothing was kept.") from None
         raise
 
 
@@ -114,9 +118,11 @@ def _verified(source: Path) -> dict[str, Any]:
         expected, found = dict(manifest["files"]), _hashes(source)
     except (OSError, ValueError, KeyError, TypeError):
         raise DemoError(f"{source} is no backup: it has no readable {MANIFEST}.") from None
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
+    for name in sorted(expected):
+        if found.get(name) != expected[name]:
             raise DemoError(f"the backup {source} is damaged at {name}: use another one.")
+    if more := sorted(found.keys() - expected.keys()):  # of a file manager, such as .DS_Store
+        raise DemoError(f"the backup {source} has a file that is not its own, {more[0]}: delete that file.")
     return manifest
 
 
@@ -162,10 +168,14 @@ def _run_tool(name: str, options: list[str], address: str, script: str | None = 
     place = url._replace(drivername="postgresql", password=None).render_as_string()
     command = [postgres_tool(name), f"--dbname={place}", *options]
     variables = os.environ | {"PGPASSWORD": url.password or ""}
-    done = subprocess.run(command, input=script, capture_output=True, encoding="utf-8", env=variables)
+    run = partial(subprocess.run, input=script, capture_output=True, encoding="utf-8", env=variables)
+    done = run(command)
+    if "SSL support is not compiled in" in done.stderr and (other := shutil.which(name)):  # the wheel's have no TLS
+        done = run([other, *command[1:]])
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise DemoError(f"{name} failed ({reason}): nothing was changed.")
+        todo = "; for TLS install PostgreSQL's own programs" if "SSL support" in reason else ""
+        raise DemoError(f"{name} failed ({reason}): nothing was changed{todo}.")
 
 
 def _copy(file: str, place: str) -> None:

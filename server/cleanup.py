@@ -21,10 +21,9 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # isort: ski
 
 from server.client import as_admin, call
 from server.database import database_address
-from server.process import read_state
+from server.process import PROXIED, read_state
 from server.settings import ServerSettings
 
-PROXIED = "mlflow-artifacts:/"
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 

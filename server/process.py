@@ -10,10 +10,10 @@ import sysconfig
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from pathlib import Path
 from time import monotonic, sleep
 
-from demo_lib.config import DemoError, whole_file
+from demo_lib.config import DemoError, sqlite_file, whole_file
 from demo_lib.identity import identity, lives
 from demo_lib.ops.guard import await_end, end_group, group
 from demo_lib.ops.processes import QUIET, refuse_port, wait_for_health, without_mlflow
@@ -25,6 +25,7 @@ from server.settings import PREFIX, ServerSettings
 
 HERE = ("127.0.0.1", "localhost")
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
+PROXIED = "mlflow-artifacts:/"  # by which clients reach artifacts through the server
 MARK = "DEMO_SERVER_MARK"  # variable by which the server's processes are known from others
 CACHE_SECONDS = 60  # for which a worker remembers that a password was right: checking it takes most of a request
 # Its default of 5 s ends workers that are only busy, and breaks off the answers that they were sending.
@@ -97,6 +98,10 @@ def running(settings: ServerSettings, say: Say = quiet) -> Iterator["Server"]:
         server = Server(settings, address, postgres)
         try:
             say("starting MLflow (its first start makes the tables) ...")
+            if (file := sqlite_file(address)) and not file.exists():
+                from demo_lib.databases import make_store  # as it takes a while to load
+
+                make_store(file, PROXIED)  # by itself MLflow leaves half of it where it is cut off
             server.start()
             server.wait()
             yield server
@@ -129,7 +134,12 @@ class Server:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             options = {"env": variables, "cwd": folder, "start_new_session": True, "umask": 0o077}  # its owner's only
             self.process, self.began = psutil.Popen(arguments, **options, **streams), monotonic()
-        state = {"supervisor": identity(os.getpid()), "server": self.process.pid, "mark": mark}
+        state = {
+            "supervisor": identity(os.getpid()),
+            "server": self.process.pid,
+            "mark": mark,
+            "folder": _number(folder),
+        }
         with whole_file(folder / STATE, private=True) as file:
             file.write_text(json.dumps(state))
 
@@ -150,18 +160,24 @@ class Server:
             with suppress(psutil.TimeoutExpired):
                 self.process.wait(1)
             if self.postgres is not None and own_postgres(self.settings) is None:
-                print("PostgreSQL ended: starting it again.", flush=True)
+                say("PostgreSQL ended: starting it again.")
                 try:
                     self.postgres.ensure_postgres_running()
                 except Exception as error:  # such as old processes of it that still hold its memory
-                    print(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.", flush=True)
+                    say(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.")
             if self.process.poll() is not None:
                 pause = 1 if monotonic() - self.began > 60 else min(2 * pause, 30)
                 how = f"({self.process.returncode}; log: {self.settings.folder / LOG})"
-                print(f"the server ended {how}: starting it again in {pause:g} s.", flush=True)
+                say(f"the server ended {how}: starting it again in {pause:g} s.")
                 end_group(self.process.pid)  # its workers outlive it, and hold the port
                 sleep(pause)
                 self.start()
+
+
+def say(text: str) -> None:
+    """Print it at once, if anybody is there to read it: a server outlives its terminal."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def ends_interrupt() -> None:
@@ -179,9 +195,9 @@ def ends_interrupt() -> None:
 
 def start(settings: ServerSettings) -> None:
     """Run the server in the foreground until an interrupt, and start again what dies."""
-    with suppress(KeyboardInterrupt), running(settings, partial(print, flush=True)) as server:
-        print(f"MLflow {settings.profile} server on {settings.url} (stop it with Ctrl-C or `python -m server stop`)")
-        print(f"log: {settings.folder / LOG}", flush=True)
+    with suppress(KeyboardInterrupt), running(settings, say) as server:
+        say(f"MLflow {settings.profile} server on {settings.url} (stop it with Ctrl-C or `python -m server stop`)")
+        say(f"log: {settings.folder / LOG}")
         server.supervise()
 
 
@@ -202,10 +218,20 @@ def read_state(settings: ServerSettings) -> dict | None:
     """Return what is known of the folder's server if any process of it is alive, and whether it is `supervised`."""
     try:
         state = json.loads((settings.folder / STATE).read_text())
+        if state["folder"] != _number(settings.folder):  # it was copied with the folder
+            return None
         state["supervised"] = lives(state["supervisor"]) is True
         return state if state["supervised"] or _left(state) else None
+    except PermissionError:
+        raise DemoError(f"the server in {settings.folder} is another user's: work on it as that user.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that another version wrote
         return None
+
+
+def _number(folder: Path) -> str:
+    """Return what stays a folder's own when it is renamed."""
+    found = folder.stat()
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def _left(state: dict) -> bool:

@@ -49,6 +49,7 @@ def _queries(settings: ServerSettings) -> str:
 
 
 def _artifacts(settings: ServerSettings) -> str:
+    folders(settings)  # the server would make a folder that is gone anew, and hide that it is
     path, content = f"{ARTIFACTS}/check-{uuid.uuid4().hex}.txt", b"written by `python -m server check`"
     fix = f"the artifacts in {settings.artifact_root} can't be used: correct its place or its permissions"
     _ask(settings, 200, fix, "PUT", path, data=content)

@@ -71,7 +71,9 @@ def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[
         try:
             declared[notebook] = pm.inspect_notebook(notebook)
         except Exception as error:  # of JSON, of nbformat, of papermill
-            raise DemoError(f"{notebook} is no notebook ({type(error).__name__}): correct it.") from None
+            raise DemoError(
+                f"{notebook} is no notebook ({type(error).__name__}: {str(error)[:200]}): correct it."
+            ) from None
     known = {name: inferred["inferred_type_name"] for each in declared.values() for name, inferred in each.items()}
     values = {}
     for name, value in params.items():

@@ -2,19 +2,23 @@
 
 import os
 import platform
+import shutil
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from demo_lib.config import DemoError, TrainConfig, lessons, settings, tracking_uri, without_login
 from demo_lib.ops.processes import Finding, examine_all, examine_one
 
 PACKAGES = ("mlflow", "torch", "torchvision", "optuna", "papermill", "jupyterlab")
+NEEDED = 500e6  # bytes for a day of lessons: a trained model is half a megabyte, what is made of it several
 SECONDS = 10  # a name server that does not answer takes longer
 
 
 def examine() -> list[Finding]:
     """Run every check; one that fails does not keep the others from running."""
     packages = examine_one("packages", _packages)  # first and alone: it imports what the others use
-    return [packages, *examine_all({"data": _data, "store": _store}, SECONDS)]
+    return [packages, *examine_all({"data": _data, "store": _store, "disk": _disk}, SECONDS)]
 
 
 def _packages() -> str:
@@ -41,6 +45,19 @@ def _data() -> str:
     sample = source.name != "fashion-mnist"
     later = "; the first training tries to download that" if sample and settings().download else ""
     return f"{source.name} from {source.source}{later}"
+
+
+def _disk() -> str:
+    place, free = min(((each, shutil.disk_usage(each).free) for each in _places()), key=lambda found: found[1])
+    if free < NEEDED:
+        raise DemoError(f"{free / 1e6:.0f} MB free in {place}: free {NEEDED / 1e6:.0f} MB, or set DEMO_HOME or TMPDIR.")
+    return f"{free / 1e9:.1f} GB free in {place}"
+
+
+def _places() -> list[Path]:
+    """Return the folder of temporary files, and of the home what is there."""
+    home = settings().home
+    return [Path(tempfile.gettempdir()), next(each for each in [home, *home.parents] if each.exists())]
 
 
 def _store() -> str:

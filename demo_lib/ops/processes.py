@@ -110,6 +110,8 @@ def examine_one(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, True, check())
     except (DemoError, OSError, ImportError) as error:
         return Finding(name, False, str(error))
+    except Exception as error:  # such as one of MLflow's
+        return Finding(name, False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 def examine_all(checks: Mapping[str, Callable[[], str]], seconds: float) -> list[Finding]:

@@ -71,7 +71,7 @@ def test_a_configuration_cannot_be_changed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- 1\n- 2\n", "must hold one `name: value` a line, not a list"),
+        ("- 1\n- 2\n", "must hold one `name: value` a line, each name a word"),
         ("epochs: [1\n", "can't be read as YAML .*line 2"),
         ("5: 5\n", "must hold one `name: value` a line"),
     ],
