@@ -14,8 +14,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "notebooks"
-# Path.expanduser raises where ~ has no such user.
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)).absolute())]  # noqa: PTH111
+
+
+def _absolute(path: Path) -> Path:
+    """Replace ~ and $VARIABLE, as a shell would where the value comes from a file; raise nothing for unknown ones."""
+    return Path(os.path.expandvars(os.path.expanduser(path))).absolute()  # noqa: PTH111
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class DemoError(Exception):

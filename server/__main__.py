@@ -1,6 +1,7 @@
 """Command line: `python -m server start | stop | ...`, each with `--help`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,11 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_lost_folder()
         given = _parser().parse_args(arguments)
         flags = {name: value for name, value in vars(given).items() if name in Flags.model_fields}
-        return given.do(read_settings(**flags), given) or 0
+        settings = read_settings(**flags)
+        if settings.address is None:  # what the shell has for another PostgreSQL would lead away from the server's own
+            for name in [name for name in os.environ if name.startswith("PG")]:
+                del os.environ[name]
+        return given.do(settings, given) or 0
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

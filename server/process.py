@@ -20,7 +20,7 @@ from demo_lib.ops.processes import QUIET, refuse_port, wait_for_health, without_
 
 import psutil
 
-from server.database import Say, database, make_folders, own_postgres, quiet, stop_postgres
+from server.database import Say, database, forget_other_process, make_folders, own_postgres, quiet, stop_postgres
 from server.settings import PREFIX, ServerSettings
 
 HERE = ("127.0.0.1", "localhost")
@@ -102,6 +102,7 @@ def running(settings: ServerSettings, say: Say = quiet) -> Iterator["Server"]:
                 from demo_lib.databases import make_store  # as it takes a while to load
 
                 make_store(file, PROXIED)  # by itself MLflow leaves half of it where it is cut off
+                file.chmod(0o600)
             server.start()
             server.wait()
             yield server
@@ -162,6 +163,7 @@ class Server:
             if self.postgres is not None and own_postgres(self.settings) is None:
                 say("PostgreSQL ended: starting it again.")
                 try:
+                    forget_other_process(self.settings)
                     self.postgres.ensure_postgres_running()
                 except Exception as error:  # such as old processes of it that still hold its memory
                     say(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.")

@@ -41,6 +41,16 @@ def _host(name: str) -> str:
     raise DemoError(f"{PREFIX}HOST = {name!r} is no IPv4 address and no name: write 127.0.0.1, or 0.0.0.0 for all.")
 
 
+def _hosts(names: str) -> str:
+    """Look at the form of the hosts: MLflow compares them as they are, so that a whole address fits nothing."""
+    for name in filter(None, map(str.strip, names.split(","))):
+        if not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", name):
+            raise DemoError(
+                f"{PREFIX}HOSTS has {name!r}, which is no name: write mlflow.example.org, without https://."
+            )
+    return names
+
+
 class Flags(BaseModel, frozen=True):
     """The settings that flags of the command line can give too."""
 
@@ -52,7 +62,9 @@ class Flags(BaseModel, frozen=True):
     host: Annotated[str, AfterValidator(_host)] = Field("127.0.0.1", description="network interface to listen on")
     port: int = Field(5080, ge=1, le=65535, description="port to listen on")
     artifacts: str = Field("", description="folder or s3:// address of the artifacts; empty: in the folder")
-    hosts: str = Field("", description="host names, with commas, by which clients reach the server through its proxy")
+    hosts: Annotated[str, AfterValidator(_hosts)] = Field(
+        "", description="host names, with commas, by which clients reach the server through its proxy"
+    )
     x_frame_options: Literal["DENY", "SAMEORIGIN", "NONE"] = Field("DENY", description="who may frame the UI")
     workers: int = Field(0, ge=0, le=32, description="server processes; 0 is 1 with local and 2 with workshop")
     pool_size: int = Field(20, ge=1, le=200, description="open database connections a worker keeps")
