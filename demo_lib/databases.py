@@ -1,5 +1,6 @@
 """Databases of MLflow and Optuna: whether one answers, whose tables are in it, and what SQLite needs besides."""
 
+import errno
 import os
 import re
 import sqlite3
@@ -52,6 +53,8 @@ def make_store(database: Path, artifacts: str = "") -> None:
     root = artifacts or (database.parent / "artifacts").as_uri()
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
+        if database.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if _is_new(database):
             tempfile.TemporaryFile(dir=database.parent).close()  # where nothing can be written, a lock waits for ever
         # One process makes the tables while others wait: they would break each other's.

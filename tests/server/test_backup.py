@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sqlite3
 import threading
 import uuid
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 from demo_lib.config import DemoError
 from demo_lib.ops.processes import free_port
@@ -15,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from pydantic import SecretStr
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from server.__main__ import main
 from server.backup import _content, _hashes, _run_tool, back_up, restore
@@ -156,6 +159,35 @@ def test_the_password_goes_to_the_tools_by_the_environment(tmp_path, monkeypatch
     assert (tmp_path / "tool.args").read_text() == "--dbname=postgresql://ann@db.example:5433/mlflow --file=x\n"
 
 
+def test_tools_without_tls_are_replaced_by_the_systems_if_it_has_some(tmp_path, monkeypatch):
+    tools = {name: tmp_path / name for name in ("wheels", "systems")}
+    tools["wheels"].write_text("#!/bin/sh\necho 'sslmode invalid when SSL support is not compiled in' >&2; exit 1")
+    tools["systems"].write_text('#!/bin/sh\necho "$@" >"$0.args"')
+    for tool in tools.values():
+        tool.chmod(0o700)
+    monkeypatch.setattr("server.backup.postgres_tool", lambda name: str(tools["wheels"]))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        DemoError, match=r"SSL support .*: nothing was changed; for TLS install PostgreSQL's own programs"
+    ):
+        _run_tool("pg_dump", ["--file=x"], "postgresql://ann@db.example/mlflow?sslmode=require")
+    monkeypatch.setattr("shutil.which", lambda name: str(tools["systems"]))
+    _run_tool("pg_dump", ["--file=x"], "postgresql://ann@db.example/mlflow?sslmode=require")
+    assert (tmp_path / "systems.args").read_text().endswith("sslmode=require --file=x\n")
+
+
+def test_a_full_disk_keeps_nothing_and_shows_no_sql(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DEMO_SERVER_DATABASE", f"sqlite:///{home}/store/mlflow.db")
+    (tmp_path / "server" / "artifacts").mkdir(parents=True)
+    full = OperationalError("VACUUM INTO ?", {}, sqlite3.OperationalError("database or disk is full"))
+    monkeypatch.setattr("server.backup._dump", Mock(side_effect=full))
+    with pytest.raises(DemoError, match=r"can't be filled \(database or disk is full\): nothing was kept") as caught:
+        back_up(
+            ServerSettings(folder=tmp_path / "server", database=f"sqlite:///{home}/store/mlflow.db"), tmp_path / "b"
+        )
+    assert "VACUUM" not in str(caught.value) and not (tmp_path / "b").exists()
+
+
 def test_nothing_is_not_backed_up(tmp_path):
     with pytest.raises(DemoError, match="does not exist: start the server, or correct --folder"):
         back_up(ServerSettings(folder=tmp_path / "mistyped"), tmp_path / "backup")
@@ -195,7 +227,9 @@ def fill_the_disk(*arguments):
 def test_a_database_that_holds_anything_is_not_restored_into(given_database, made):
     settings, source, ask = given_database
     ask(made)
-    with pytest.raises(DemoError, match=r"database is not empty \((public|x)\.mine\w*\): restore into a new"):
+    with pytest.raises(
+        DemoError, match=r"is not empty \((public|x)\.mine\w*\): restore|is not MLflow's \(it has a table mine\)"
+    ):
         restore(settings, source)
     assert not ask("SELECT to_regclass('runs')") and not list(settings.artifact_folder.iterdir())
 
@@ -265,7 +299,7 @@ def change_version(folder):
     [
         (break_hash, r"damaged at artifacts/.*text.txt"),
         (lose_file, r"damaged at artifacts/.*text.txt"),
-        (add_file, r"damaged at artifacts/more"),
+        (add_file, r"has a file that is not its own, artifacts/more: delete that file"),
         (lose_manifest, r"no readable manifest.json"),
         (write_another_manifest, r"no readable manifest.json"),
         (change_version, r"is of MLflow 2.0"),
@@ -298,3 +332,4 @@ def test_a_backup_of_the_other_database_is_refused(backup, tmp_path):
     settings = ServerSettings(profile=other, folder=tmp_path / "new", port=free_port(), **make_secrets())
     with pytest.raises(DemoError, match="the backup is of a"):
         restore(settings, source)
+    assert not settings.folder.exists()

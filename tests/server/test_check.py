@@ -72,6 +72,16 @@ def own(tmp_path_factory):
         yield settings, server
 
 
+def test_an_artifact_folder_that_is_gone_is_named_and_not_made_anew(own):
+    settings, _ = own
+    folder = settings.artifact_folder
+    folder.rename(folder.with_name("elsewhere"))
+    for _ in range(2):
+        assert "artifacts does not exist" in failed(settings)["artifacts"]
+    folder.with_name("elsewhere").rename(folder)
+    assert failed(settings) == {}
+
+
 def test_artifacts_that_cannot_be_written_are_named(own):
     settings, _ = own
     root = Path(settings.artifact_root)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from configparser import ConfigParser
 from pathlib import Path
+from unittest.mock import Mock
 
 from demo_lib.config import DemoError, sqlite_uri
 from demo_lib.identity import identity
@@ -22,9 +23,10 @@ import requests
 import sqlalchemy
 from pydantic import SecretStr
 
+from server.__main__ import main
 from server.backup import back_up
 from server.client import as_admin
-from server.database import check_database, database, database_address, postgres_tool
+from server.database import check_database, database, database_address, forget_other_process, postgres_tool
 from server.process import STATE, Server, auth_config, environment, read_state, refuse, running, stop
 from server.settings import PREFIX, ServerSettings, read_settings
 from tests.server.conftest import make_secrets
@@ -90,7 +92,7 @@ def test_a_folder_must_be_there_and_be_writable(tmp_path, given, sentence):
 
 
 def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
-    for name in ("with space", "a'b", 'a"b', "a;b", "a$HOME"):
+    for name in ("with space", "a'b", 'a"b', "a;b", "a$5"):
         with (
             pytest.raises(DemoError, match=r"PostgreSQL can't be in .*: choose a --folder without spaces, quotes"),
             database(settings(tmp_path / name, profile="workshop", **make_secrets())),
@@ -99,10 +101,99 @@ def test_postgresql_is_not_started_where_it_can_not_be_and_says_so(tmp_path):
     (tmp_path / "half" / "postgres").mkdir(parents=True)
     (tmp_path / "half" / "postgres" / "postmaster.pid").write_text("-1")
     with (
-        pytest.raises(DemoError, match=r"can't be started in .*delete the folder if its first start was cut off"),
+        pytest.raises(DemoError, match=r"can't be started in .*: delete that folder, and start again\.$"),
         database(settings(tmp_path / "half", profile="workshop", **make_secrets())),
     ):
         raise AssertionError("it runs")
+
+
+def test_a_cluster_of_another_postgresql_gives_its_reason_and_no_advice_to_delete(tmp_path):
+    (chosen := tmp_path / "server" / "postgres").mkdir(parents=True)
+    given = settings(tmp_path / "server", profile="workshop", **make_secrets())
+    chosen.rmdir()
+    with database(given):
+        pass
+    (chosen / "PG_VERSION").write_text("15\n")
+    reason = (
+        r"FATAL: +database files are incompatible with server\): correct that, and see its file log, and start again"
+    )
+    with pytest.raises(DemoError, match=reason), database(given):
+        raise AssertionError("it runs")
+
+
+def test_a_locale_that_is_not_here_does_not_keep_postgresql_from_starting(tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
+    with database(settings(tmp_path / "server", profile="workshop", **make_secrets())) as (address, _):
+        assert check_database(address, settings(tmp_path)) is False
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other owners")
+def test_another_users_cluster_is_left_to_that_user(tmp_path, monkeypatch):
+    (tmp_path / "server" / "postgres").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    given = settings(tmp_path / "server", profile="workshop", **make_secrets())
+    with pytest.raises(DemoError, match=r"postgres belongs to .*: start the server as that user"), database(given):
+        raise AssertionError("it runs")
+
+
+def test_what_a_dead_postgresql_left_is_removed_only_if_another_program_has_its_number(tmp_path):
+    (tmp_path / "postgres").mkdir()
+    file = tmp_path / "postgres" / "postmaster.pid"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    file.write_text(f"{dead.pid}\n{tmp_path}\n")
+    forget_other_process(settings(tmp_path))
+    assert file.exists()  # PostgreSQL itself looks for its orphans by it
+    file.write_text(f"{os.getpid()}\n{tmp_path}\n")
+    forget_other_process(settings(tmp_path))
+    assert not file.exists()
+
+
+def test_a_first_start_that_is_cut_off_leaves_a_whole_database(tmp_path, monkeypatch):
+    monkeypatch.setattr(Server, "start", Mock(side_effect=KeyboardInterrupt))
+    given = settings(tmp_path / "server")
+    with pytest.raises(KeyboardInterrupt), running(given):
+        raise AssertionError("it runs")
+    assert check_database(given.address, given)
+    with sqlalchemy.create_engine(given.address).connect() as connection:
+        assert connection.scalar(sqlalchemy.text("SELECT artifact_location FROM experiments")) == "mlflow-artifacts:/0"
+
+
+def test_a_copied_folder_is_no_server(local, tmp_path):
+    shutil.copy(local.settings.folder / STATE, tmp_path / STATE)
+    copied = settings(tmp_path)
+    assert read_state(copied) is None and not stop(copied)
+    assert read_state(local.settings)["supervised"]
+
+
+def test_another_users_server_is_said_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError))
+    for ask in (read_state, database_address):
+        with pytest.raises(DemoError, match="is another user's: work on it as that user"):
+            ask(settings(tmp_path, profile="workshop"))
+
+
+@pytest.mark.parametrize("hosts", ["https://mlflow.example.org/", "a.example,http://b.example", "a/b"])
+def test_hosts_are_names_and_no_addresses(monkeypatch, hosts):
+    with pytest.raises(DemoError, match=r"which is no name: write mlflow\.example\.org, without https://"):
+        read_settings(hosts=hosts)
+    assert read_settings(hosts="a.example, b.example:8443").hosts
+
+
+def test_another_postgresql_of_the_shell_is_kept_out_of_the_servers_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("PGSERVICE", "elsewhere")
+    assert main(["stop", "--profile", "workshop", "--folder", str(tmp_path)]) == 0
+    assert "PGSERVICE" not in os.environ
+    monkeypatch.setenv("PGSSLMODE", "require")
+    monkeypatch.setenv(f"{PREFIX}DATABASE", "postgresql://me:secret@db.example/mlflow")
+    assert main(["stop", "--folder", str(tmp_path)]) == 0
+    assert os.environ["PGSSLMODE"] == "require"
+
+
+def test_a_folder_from_a_file_may_name_a_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("$HOME/data", "~/data"):
+        assert read_settings(folder=text).folder == tmp_path / "data"
 
 
 @pytest.mark.parametrize(

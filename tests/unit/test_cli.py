@@ -1,12 +1,15 @@
 """The command line: one call of a kind in a process of its own, as a user makes it, the others in this one."""
 
 import errno
+import shutil
 import sys
+import tempfile
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 from demo_lib.__main__ import main
 from demo_lib.ops.processes import free_port
+from demo_lib.store import connect
 
 import mlflow
 import pandas as pd
@@ -146,7 +149,7 @@ def test_help_lists_every_field_with_its_default(call):
 def test_doctor_is_content_and_says_what_is_wrong(home, call, monkeypatch):
     good = call("doctor")
     assert good.returncode == 0, good.stdout
-    assert [line[6:14].strip() for line in good.stdout.splitlines()] == ["packages", "data", "store"]
+    assert [line[6:14].strip() for line in good.stdout.splitlines()] == ["packages", "data", "store", "disk"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("DEMO_DATA_DIR", str(home))
     bad = call("doctor")
@@ -178,12 +181,40 @@ def test_what_the_store_says_while_it_works_is_one_line(call, monkeypatch):
         call("train", *QUICK)
 
 
+def test_a_folder_that_was_deleted_is_named(cli, home, call, monkeypatch):
+    (home / "gone").mkdir()
+    monkeypatch.chdir(home / "gone")
+    (home / "gone").rmdir()
+    code = main(["doctor"])
+    monkeypatch.chdir(home)
+    assert code == 2
+
+
+def test_a_run_without_losses_is_not_plotted(call, home):
+    connect("plain")
+    with mlflow.start_run() as run:
+        pass
+    done = call("plot", run.info.run_id)
+    assert done.returncode == 2 and "has logged no loss: choose a run that trained a network." in done.stderr
+
+
 def test_doctor_says_all_that_it_can_where_the_store_is_of_no_use(call, monkeypatch, home):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:1/mlflow")
     done = call("doctor")
-    packages, data, store = done.stdout.splitlines()
+    packages, data, store, disk = done.stdout.splitlines()
     assert done.returncode == 1 and "secret" not in done.stdout
-    assert packages.startswith("ok ") and data.startswith("ok ") and store.startswith("FIX   store      the database")
+    assert packages.startswith("ok ") and data.startswith("ok ") and disk.startswith("ok ")
+    assert store.startswith("FIX   store      the database")
+
+
+def test_doctor_names_a_disk_that_is_nearly_full(monkeypatch, tmp_path, call):
+    free = {str(tmp_path): 30e6}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    real = shutil.disk_usage
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=free.get(str(path), real(path).free + 1e9))
+    )
+    assert f"FIX   disk       30 MB free in {tmp_path}: free 500 MB, or set" in call("doctor").stdout
 
 
 def test_without_the_lessons_a_sentence_says_what_to_install(call, monkeypatch, tmp_path):

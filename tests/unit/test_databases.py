@@ -1,5 +1,6 @@
 """A store that is there but can't be used is one sentence; one that was moved goes on."""
 
+import os
 import shutil
 import socket
 import sqlite3
@@ -7,10 +8,12 @@ from contextlib import closing
 
 from demo_lib.config import DemoError, TuneConfig, sqlite_uri, without_login
 from demo_lib.databases import SECONDS, has_mlflow
+from demo_lib.runs import find_run
 from demo_lib.store import connect, open_store
 from demo_lib.study import open_study
 
 import mlflow
+import optuna
 import pytest
 from mlflow import MlflowClient
 
@@ -119,3 +122,48 @@ def test_two_names_of_one_folder_change_nothing(moved, tmp_path):
     run_id = moved(lambda old, new: new.symlink_to(old))
     open_store()
     assert MlflowClient().get_run(run_id).info.artifact_uri.startswith((tmp_path / "old").as_uri())
+
+
+def test_an_empty_file_becomes_a_store(home):
+    (home / "store" / "mlflow.db").write_bytes(b"")
+    assert log("anything")
+
+
+@pytest.mark.parametrize("closed", ["store/mlflow.db", "store", "store/artifacts"])
+def test_a_store_that_others_made_is_read_and_not_written(home, monkeypatch, closed):
+    run_id = log("anything")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: real(path, mode) and str(path) != str(home / closed))
+    open_store()
+    assert find_run(run_id)
+    with pytest.raises(DemoError, match=rf"you may not write to {home / closed}: make it yours"):
+        connect("anything")
+
+
+@pytest.mark.parametrize("address", ["sqlite:///:memory:", "sqlite://", "sqlite:///"])
+def test_a_database_in_memory_is_no_storage(home, address):
+    with pytest.raises(DemoError, match=r"name a file"):
+        open_study(TuneConfig(), address)
+
+
+def test_an_address_may_begin_at_home(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///~/mine.db")
+    assert open_store() == sqlite_uri(home / "mine.db") and (home / "mine.db").exists()
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\udcfc"])  # the second is ü where the locale has none
+def test_a_path_that_cannot_be_shown_is_refused(home, name):
+    with pytest.raises(DemoError, match=r"has signs that can't be used: rename the folder or") as caught:
+        sqlite_uri(home / name / "mlflow.db")
+    str(caught.value).encode()
+
+
+def test_a_study_that_others_made_is_left_alone(home):
+    address = sqlite_uri(home / "mine.db")
+    for name, direction in (("down", "minimize"), ("up", "maximize")):
+        other = optuna.create_study(storage=address, study_name=name, direction=direction)
+        if name == "up":
+            other.add_trial(optuna.trial.create_trial(value=1.0))
+        with pytest.raises(DemoError, match=rf"the study '{name}' in this storage was not made here: give yours"):
+            open_study(TuneConfig(study=name), address)

@@ -110,7 +110,7 @@ def test_a_run_is_found_by_id_and_by_unique_prefix_in_all_experiments(store):
 
 def test_an_id_that_no_run_has_is_one_sentence(store):
     for run_id, words in [
-        ("ab", "no run's id begins with 'ab' (at least 4 digits and letters a-f): copy an id from the MLflow UI, or"),
+        ("ab", "no run's id begins with 'ab' (at least 4 digits and letters a-f) in "),
         ("run-2", "no run's id begins with 'run-2'"),
         ("0" * 32, "no run's id begins with '000"),
     ]:

@@ -236,7 +236,9 @@ def test_truthful_status_needs_a_run(home):
         pass
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP)]
+)
 def test_a_signal_ends_the_run_killed_with_its_metrics(home, signum, code):
     connect("ends")
     process, run_id = start_run_elsewhere()
@@ -339,6 +341,22 @@ def dead_process():
     """Return the identity of a process that has ended."""
     code = "import os; from demo_lib.identity import identity; print(identity(os.getpid()))"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_git_answers_for_this_repository_also_in_a_hook_of_another(home, monkeypatch, tmp_path):
+    connect("anything")
+    before = provenance()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    for name, place in {"GIT_DIR": tmp_path / ".git", "GIT_WORK_TREE": tmp_path}.items():
+        monkeypatch.setenv(name, str(place))
+    after = provenance()
+    assert "mlflow.source.git.commit" in before and {name: after.get(name) for name in before} == before
+
+
+def test_a_model_of_another_project_in_the_shell_gets_no_metrics(home):
+    code = "import demo_lib, os; print('MLFLOW_ACTIVE_MODEL_ID' in os.environ)"
+    given = os.environ | {"MLFLOW_ACTIVE_MODEL_ID": "m-123"}
+    assert subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_an_interrupt_shows_one_line_in_a_notebook(home):
