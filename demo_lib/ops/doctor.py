@@ -48,16 +48,12 @@ def _data() -> str:
 
 
 def _disk() -> str:
-    place, free = min(((each, shutil.disk_usage(each).free) for each in _places()), key=lambda found: found[1])
+    home = settings().home
+    there = next(each for each in [home, *home.parents] if each.exists())
+    free, place = min((shutil.disk_usage(each).free, each) for each in (Path(tempfile.gettempdir()), there))
     if free < NEEDED:
         raise DemoError(f"{free / 1e6:.0f} MB free in {place}: free {NEEDED / 1e6:.0f} MB, or set DEMO_HOME or TMPDIR.")
     return f"{free / 1e9:.1f} GB free in {place}"
-
-
-def _places() -> list[Path]:
-    """Return the folder of temporary files, and of the home what is there."""
-    home = settings().home
-    return [Path(tempfile.gettempdir()), next(each for each in [home, *home.parents] if each.exists())]
 
 
 def _store() -> str:
