@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from demo_lib.config import DemoError, sqlite_file, whole_file
+from demo_lib.databases import make_store
 from demo_lib.identity import identity, lives
 from demo_lib.ops.guard import await_end, end_group, group
 from demo_lib.ops.processes import QUIET, refuse_port, wait_for_health, without_mlflow
@@ -99,8 +100,6 @@ def running(settings: ServerSettings, say: Say = quiet) -> Iterator["Server"]:
         try:
             say("starting MLflow (its first start makes the tables) ...")
             if (file := sqlite_file(address)) and not file.exists():
-                from demo_lib.databases import make_store  # as it takes a while to load
-
                 make_store(file, PROXIED)  # by itself MLflow leaves half of it where it is cut off
                 file.chmod(0o600)
             server.start()

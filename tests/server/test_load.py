@@ -22,7 +22,7 @@ def site(request):
 
 def processes(site):
     """Return the server's processes."""
-    leader = psutil.Process(read_state(site.settings)["server"][0])
+    leader = psutil.Process(read_state(site.settings)["server"])
     return [leader, *leader.children(recursive=True)]
 
 
