@@ -214,15 +214,18 @@ def _execute(job: Job, executed: Path, environment: dict[str, str]) -> None:
 
 
 def _keep(job: Job, executed: Path) -> None:
-    """Write the executed notebook, also a failed one, and its HTML page to their place, and log the notebook."""
+    """Write the executed notebook, also a failed one, and its HTML page to their place, and log the notebook.
+
+    One of which no cell ran, as without a kernel, shows nothing: it replaces no earlier one.
+    """
     import mlflow
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    if not executed.exists():  # there was no kernel
-        return
     try:
         notebook = nbformat.read(executed, as_version=4)
+        if job.error and not any(cell.get("execution_count") for cell in notebook.cells):
+            return
         notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a progress bar, its end
         # A code cell's metadata `alt` is the alternative text of its image: of the templates only `classic` knows it.
         page, _ = HTMLExporter(embed_images=True, template_name="classic").from_notebook_node(notebook)

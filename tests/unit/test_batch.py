@@ -261,8 +261,12 @@ def test_a_kernel_that_ends_at_once_gives_its_reason(home, notebook, tmp_path, m
     (tmp_path / "broken" / "ipykernel_launcher.py").write_text("raise SystemExit('no kernel today')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     (job,) = plan([notebook("own", "number: int = 1")], {}, tmp_path / "build")
+    (tmp_path / "build").mkdir()
+    for suffix in (".ipynb", ".html"):
+        job.output.with_suffix(suffix).write_text("of an earlier batch")
     batch.run([job])
     assert job.status == "FAILED"
+    assert {path.read_text() for path in (tmp_path / "build").iterdir()} == {"of an earlier batch"}
     assert job.error.startswith("RuntimeError: Kernel died") and job.error.endswith("last line: no kernel today")
     parent, children = runs_of_batch()
     assert children["own"].data.tags["error"] == job.error and parent.info.status == "FAILED"
