@@ -6,6 +6,7 @@ import re
 import sqlite3
 import tempfile
 from contextlib import closing, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -94,14 +95,19 @@ def has_mlflow(address: str) -> bool:
     if names and "experiments" not in names:
         what = f"the database {without_login(address)} is not MLflow's (it has a table {min(names)})"
         raise DemoError(f"{what}: give MLflow one of its own.")
-    if names:
-        from mlflow.store.db.utils import _get_latest_schema_revision  # private; takes seconds
-
-        if revision != (expected := _get_latest_schema_revision()):
-            why = f"the database {without_login(address)} has the tables of another MLflow"
-            todo = "copy it, then run `mlflow db upgrade` with its address, or use the MLflow that made it"
-            raise DemoError(f"{why} (version {revision}, this one needs {expected}): {todo}.")
+    if names and revision != (expected := _newest_version()):
+        why = f"the database {without_login(address)} has the tables of another MLflow"
+        todo = "copy it, then run `mlflow db upgrade` with its address, or use the MLflow that made it"
+        raise DemoError(f"{why} (version {revision}, this one needs {expected}): {todo}.")
     return bool(names)
+
+
+@cache
+def _newest_version() -> str:
+    """Return the version of this MLflow's tables, asked once: it is read from all migrations."""
+    from mlflow.store.db.utils import _get_latest_schema_revision  # private; takes seconds
+
+    return _get_latest_schema_revision()
 
 
 def refuse_mlflow(address: str) -> None:

@@ -76,6 +76,11 @@ def folders(settings: ServerSettings) -> list[Path]:
     return found
 
 
+def another_users(settings: ServerSettings) -> DemoError:
+    """Return the error for what only the user of the running server can read."""
+    return DemoError(f"the server in {settings.folder} is another user's: work on it as that user.")
+
+
 def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
     """Return the address of the database of a server that runs; a `DemoError` if its own PostgreSQL does not."""
     if settings.address:
@@ -85,7 +90,7 @@ def database_address(settings: ServerSettings, name: str = "mlflow") -> str:
         if Path(data).exists() and not Path(data).samefile(settings.folder / "postgres"):
             raise ValueError("it was copied with the folder")
     except PermissionError:
-        raise DemoError(f"the server in {settings.folder} is another user's: work on it as that user.") from None
+        raise another_users(settings) from None
     except (OSError, ValueError):
         raise DemoError("the server's PostgreSQL is not running: start the server, `python -m server start`.") from None
     place = quote(socket.strip() or host.strip(), safe="/")  # Windows has no sockets

@@ -21,7 +21,16 @@ from demo_lib.ops.processes import QUIET, refuse_port, wait_for_health, without_
 
 import psutil
 
-from server.database import Say, database, forget_other_process, make_folders, own_postgres, quiet, stop_postgres
+from server.database import (
+    Say,
+    another_users,
+    database,
+    forget_other_process,
+    make_folders,
+    own_postgres,
+    quiet,
+    stop_postgres,
+)
 from server.settings import PREFIX, ServerSettings
 
 HERE = ("127.0.0.1", "localhost")
@@ -160,22 +169,22 @@ class Server:
             with suppress(psutil.TimeoutExpired):
                 self.process.wait(1)
             if self.postgres is not None and own_postgres(self.settings) is None:
-                say("PostgreSQL ended: starting it again.")
+                show("PostgreSQL ended: starting it again.")
                 try:
                     forget_other_process(self.settings)
                     self.postgres.ensure_postgres_running()
                 except Exception as error:  # such as old processes of it that still hold its memory
-                    say(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.")
+                    show(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.")
             if self.process.poll() is not None:
                 pause = 1 if monotonic() - self.began > 60 else min(2 * pause, 30)
                 how = f"({self.process.returncode}; log: {self.settings.folder / LOG})"
-                say(f"the server ended {how}: starting it again in {pause:g} s.")
+                show(f"the server ended {how}: starting it again in {pause:g} s.")
                 end_group(self.process.pid)  # its workers outlive it, and hold the port
                 sleep(pause)
                 self.start()
 
 
-def say(text: str) -> None:
+def show(text: str) -> None:
     """Print it at once, if anybody is there to read it: a server outlives its terminal."""
     with suppress(OSError):
         print(text, flush=True)
@@ -196,9 +205,9 @@ def ends_interrupt() -> None:
 
 def start(settings: ServerSettings) -> None:
     """Run the server in the foreground until an interrupt, and start again what dies."""
-    with suppress(KeyboardInterrupt), running(settings, say) as server:
-        say(f"MLflow {settings.profile} server on {settings.url} (stop it with Ctrl-C or `python -m server stop`)")
-        say(f"log: {settings.folder / LOG}")
+    with suppress(KeyboardInterrupt), running(settings, show) as server:
+        show(f"MLflow {settings.profile} server on {settings.url} (stop it with Ctrl-C or `python -m server stop`)")
+        show(f"log: {settings.folder / LOG}")
         server.supervise()
 
 
@@ -224,7 +233,7 @@ def read_state(settings: ServerSettings) -> dict | None:
         state["supervised"] = lives(state["supervisor"]) is True
         return state if state["supervised"] or _left(state) else None
     except PermissionError:
-        raise DemoError(f"the server in {settings.folder} is another user's: work on it as that user.") from None
+        raise another_users(settings) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or one that another version wrote
         return None
 
