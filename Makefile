@@ -9,7 +9,7 @@ PYTHON ?= python3
 INSTALLED := .venv/.installed
 DEVELOPER := .venv/.installed-dev
 
-.PHONY: setup run test test-slow bench bench-server lab ui server lint lock clean
+.PHONY: setup run test test-slow exercises bench bench-server lab ui server lint lock clean
 
 setup: $(INSTALLED)
 
@@ -41,6 +41,9 @@ lint: $(DEVELOPER)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+exercises: $(DEVELOPER)
+	$(BIN)/python -m tests.tools.make_exercises
 
 lock: $(DEVELOPER)
 	$(BIN)/python -m tests.tools.lock

@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
     add(_reproduce, "train a run again and compare every metric step by step", of_run)
+    tested = add(_check, "judge your attempts at the exercises by what lies in the store")
+    tested.add_argument("wanted", nargs="*", metavar="NN[.K]", help="a lesson's exercises, or one (default: all)")
     add(_ui, "serve the MLflow UI on the store")
     return parser
 
@@ -193,6 +195,19 @@ def _reproduce(given: argparse.Namespace) -> int:
     result = reproduce(given.run_id)
     _say(result.run, str(result))
     return 0 if result.same else 1
+
+
+def _check(given: argparse.Namespace) -> int:
+    from demo_lib.exercises import EXERCISES, check_all
+
+    for each in given.wanted:
+        if not any(each in (number, number[:2]) for number in EXERCISES):
+            raise DemoError(f"there is no exercise {each!r}; there are {', '.join(EXERCISES)}.")
+    numbers = [number for number in EXERCISES if not given.wanted or {number, number[:2]} & {*given.wanted}]
+    replies = check_all(numbers)
+    print(*(f"{each.number}  {each.answer:13}  {each.title}" for each in replies), sep="\n")
+    print("", *replies, sep="\n\n")
+    return 0 if all(each.answer == "passed" for each in replies) else 1
 
 
 def _ui(given: argparse.Namespace) -> int:

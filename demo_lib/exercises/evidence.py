@@ -1,0 +1,108 @@
+"""What lies in the store that exercises are judged by: read, and never changed."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
+
+from demo_lib.store import own_name
+
+import mlflow
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import LoggedModel, Metric, Run, ViewType
+from mlflow.entities.model_registry import ModelVersion
+
+EXPERIMENT = "exercises"
+PARENT = "mlflow.parentRunId"
+MANY = 100_000
+
+
+class Evidence:
+    """One person's part of the store: each thing is read when a check first asks for it, and then kept.
+
+    `place` returns the id of the person's experiment of that name, None if there is none.
+    """
+
+    def __init__(self, place: Callable[[str], str | None]) -> None:
+        self.place = place
+        self.client = MlflowClient()
+        self._histories: dict[tuple[str, str], list[Metric]] = {}
+        self._runs: dict[str, Run | None] = {}
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The runs of the experiment `exercises`, the latest first."""
+        return self.runs_of(EXPERIMENT)
+
+    def runs_of(self, experiment: str) -> list[Run]:
+        """Return the runs of one of the person's experiments, the latest first; none if it is not there."""
+        return self.search([number]) if (number := self.place(experiment)) else []
+
+    def search(self, numbers: Sequence[str], where: str = "", view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+        """Return the runs of these experiments, by id, that pass the filter."""
+        return mlflow.search_runs([*numbers], where, view, MANY, output_format="list") if numbers else []
+
+    def tagged(self, number: str) -> list[Run]:
+        """Return the runs that were tagged as attempts at the exercise, the latest first."""
+        return [run for run in self.runs if run.data.tags.get("exercise", "").strip() == number]
+
+    def children(self, run: Run) -> list[Run]:
+        """Return the runs nested in this one, the first first."""
+        return self._families[run.info.run_id]
+
+    @cached_property
+    def _families(self) -> dict[str, list[Run]]:
+        found = defaultdict(list)
+        for run in reversed(self.runs):
+            found[run.data.tags.get(PARENT)].append(run)
+        return found
+
+    def run(self, run_id: str | None) -> Run | None:
+        """Return the run with all that belongs to it, None if there is none of this id that is not deleted."""
+        if run_id not in self._runs:
+            self._runs[run_id] = None
+            with suppress(MlflowException):  # also for an id that is none, and another person's run
+                found = self.client.get_run(run_id)
+                self._runs[run_id] = found if found.info.lifecycle_stage == "active" else None
+        return self._runs[run_id]
+
+    def history(self, run: Run, metric: str) -> list[Metric]:
+        """Return all values of the run's metric by step, of one step by time; none if it has no such metric."""
+        key = run.info.run_id, metric
+        if key not in self._histories:
+            found = self.client.get_metric_history(*key) if metric in run.data.metrics else []
+            self._histories[key] = sorted(found, key=lambda point: (point.step, point.timestamp))
+        return self._histories[key]
+
+    def models(self, run: Run) -> list[LoggedModel]:
+        """Return the whole models that the run logged, the first first."""
+        return [model for model in reversed(self._models) if model.source_run_id == run.info.run_id]
+
+    @cached_property
+    def _models(self) -> list[LoggedModel]:
+        place = self.place(EXPERIMENT)
+        found = mlflow.search_logged_models([place], output_format="list") if place else []
+        return [model for model in found if model.status == "READY"]
+
+    def model_step(self, model: LoggedModel) -> int | None:
+        """Return the step at which the run logged the model."""
+        run = self.run(model.source_run_id)
+        outputs = run.outputs.model_outputs if run and run.outputs else []
+        return next((each.step for each in outputs if each.model_id == model.model_id), None)
+
+    def versions(self, number: str) -> list[ModelVersion]:
+        """Return the registered versions tagged as attempts whose model a run of `exercises` made, the latest first."""
+        own = {run.info.run_id for run in self.runs}
+        found = self.client.search_model_versions(f"tags.exercise = '{number}'", max_results=1000)
+        found = [version for version in found if version.run_id in own]
+        return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
+
+
+def of_this_login() -> Evidence:
+    """Return the evidence of whoever asks: the experiments that `connect` would choose."""
+
+    def place(experiment: str) -> str | None:
+        found = MlflowClient().get_experiment_by_name(own_name(experiment))
+        return found.experiment_id if found and found.lifecycle_stage == "active" else None
+
+    return Evidence(place)

@@ -1,0 +1,286 @@
+"""How an attempt is judged: exercises, what they expect, the four answers and how they are shown."""
+
+import html
+import re
+import textwrap
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from demo_lib.config import DemoError, sqlite_file, tracking_uri, without_login
+from demo_lib.exercises.evidence import EXPERIMENT, Evidence, of_this_login
+from demo_lib.store import Link, open_store, own_name, ui_link
+
+import mlflow
+from mlflow import MlflowException
+from mlflow.entities import Run, ViewType
+from mlflow.entities.model_registry import ModelVersion
+from requests import RequestException
+from sqlalchemy.exc import SQLAlchemyError
+
+RECENT = 15 * 60_000  # milliseconds for which a run without the tag may be a forgotten attempt
+NOT_THERE = (MlflowException, RequestException, SQLAlchemyError, OSError)  # what a store raises that can't be read
+
+Answer = Literal["not attempted", "not yet", "passed", "can't tell"]
+# A pair is one expectation: whether it is met, and what is said if not. What is returned is said if all are met.
+Expectations = Generator[tuple[bool, str], None, str]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One task: how its attempts are found, and what is expected of one, or of all good ones together."""
+
+    number: str
+    title: str
+    judge: Callable[[Any, Evidence], Expectations]
+    attempts: Callable[[Evidence, str], list]
+    together: Callable[[list, Evidence], Expectations] | None
+    rubric: bool  # show every expectation and not only the first that is missed
+
+
+EXERCISES: dict[str, Exercise] = {}
+
+
+def exercise(
+    number: str,
+    title: str,
+    attempts: Callable[[Evidence, str], list] = Evidence.tagged,
+    together: Callable[[list, Evidence], Expectations] | None = None,
+    rubric: bool = False,
+) -> Callable:
+    """Make the function the judge of an attempt at the exercise: runs with its tag, or what `attempts` finds.
+
+    Expectations stand in an order in which each may count on those before it.
+    """
+
+    def add(judge: Callable[[Any, Evidence], Expectations]) -> Callable:
+        EXERCISES[number] = Exercise(number, title, judge, attempts, together, rubric)
+        return judge
+
+    return add
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one exercise, shown as a box in a notebook and as text in a terminal."""
+
+    number: str
+    title: str
+    answer: Answer
+    text: str
+    points: list[tuple[bool, str]] = field(default_factory=list)
+    link: Link | None = None
+    first: int | None = None  # when the first attempt began, in milliseconds since 1970
+
+    def __str__(self) -> str:
+        mark = {"passed": "[x]", "not yet": "[~]", "not attempted": "[ ]", "can't tell": "[?]"}[self.answer]
+        lines = [f"{mark} {self.number} {self.answer}: {self.text}"]
+        lines += [f"{'[x]' if met else '[ ]'} {text}" for met, text in self.points]
+        wrapped = [textwrap.fill(line, 96, subsequent_indent="    ", break_long_words=False) for line in lines]
+        return "\n".join([*wrapped, *([f"    {self.link}"] if self.link else [])])
+
+    def _repr_html_(self) -> str:
+        kind, mark = {
+            "passed": ("success", "&#10004;"),
+            "not yet": ("warning", "&#9998;"),
+            "not attempted": ("info", "&#9675;"),
+            "can't tell": ("danger", "?"),
+        }[self.answer]
+        points = "".join(
+            f"<li>{'&#10004;' if met else '&#9675; <strong>missing:</strong>'} {_code(text)}</li>"
+            for met, text in self.points
+        )
+        return (
+            f'<div class="alert alert-{kind}"><strong>{mark} {self.number} {self.answer}.</strong> {_code(self.text)}'
+            + (f"<ul>{points}</ul>" if points else "")
+            + (f"<br>{self.link._repr_html_()}" if self.link else "")
+            + "</div>"
+        )
+
+
+def _code(text: str) -> str:
+    """Return the text as HTML, what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def find(number: str) -> Exercise:
+    """Return the exercise; an unknown number is a DemoError."""
+    if number not in EXERCISES:
+        raise DemoError(f"there is no exercise {number!r}; there are {', '.join(EXERCISES)}.")
+    return EXERCISES[number]
+
+
+def check(number: str) -> Reply:
+    """Judge what lies in the store as attempts at the exercise, as "02.1"; it only reads.
+
+    The answer is *not attempted*, *not yet* (about the closest attempt), *passed*, or *can't tell* if the store does
+    not answer. A number that no exercise has is a DemoError.
+    """
+    return check_all([number])[0]
+
+
+def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[Reply]:
+    """Judge several exercises by one reading of the store; errors are those of `check`."""
+    exercises = [find(number) for number in numbers]
+    try:
+        if evidence is None:
+            evidence = open_evidence()
+        return [_reply(each, evidence) for each in exercises]
+    except (DemoError, *NOT_THERE) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        text = f"the store can't be read: {reason}. What you have done is not lost; check again when the store answers."
+        return [Reply(each.number, each.title, "can't tell", text) for each in exercises]
+
+
+def open_evidence() -> Evidence:
+    """Open the store as `open_store` does, for whoever asks, but make none: a check only reads."""
+    database = sqlite_file(tracking_uri())
+    if database is not None and not database.exists():
+        return Evidence(lambda experiment: None)
+    open_store()
+    return of_this_login()
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How far one attempt came: the expectations up to the first that is missed, and the last words."""
+
+    attempt: Any
+    passed: bool
+    text: str
+    points: list[tuple[bool, str]]
+
+    @property
+    def met(self) -> int:
+        return sum(ok for ok, _ in self.points)
+
+
+def _reply(exercise: Exercise, evidence: Evidence) -> Reply:
+    attempts = exercise.attempts(evidence, exercise.number)
+    about = {"number": exercise.number, "title": exercise.title}
+    if not attempts:
+        return Reply(**about, answer="not attempted", text=_where_it_looked(exercise, evidence))
+    verdicts = [_judge(exercise.judge(each, evidence), each, exercise.rubric) for each in attempts]
+    closest = max(verdicts, key=lambda verdict: (verdict.passed, verdict.met))  # of equals the first, so the latest
+    good = [verdict.attempt for verdict in verdicts if verdict.passed]
+    if exercise.together and good:
+        all_good = _judge(exercise.together(good, evidence), closest.attempt, False)
+        if not all_good.passed and len(good) < len(verdicts):
+            missed = max((each for each in verdicts if not each.passed), key=lambda verdict: verdict.met)
+            all_good = _Verdict(missed.attempt, False, f"{all_good.text} Not counted: {missed.text}", [])
+        closest = all_good
+    text = closest.text
+    if not closest.passed and not exercise.together and len(verdicts) > 1:
+        text = f"of {len(verdicts)} attempts this is the closest. {text}"
+    points = closest.points if exercise.rubric and not closest.passed else []
+    started = [_start(each) for each in attempts]
+    answer: Answer = "passed" if closest.passed else "not yet"
+    return Reply(**about, answer=answer, text=text, points=points, link=_link(closest.attempt), first=min(started))
+
+
+def _judge(expectations: Expectations, attempt: Any, rubric: bool) -> _Verdict:
+    points = []
+    try:
+        while True:
+            ok, text = next(expectations)
+            points.append((bool(ok), text))
+            if not ok and not rubric:
+                return _Verdict(attempt, False, text, points)
+    except StopIteration as end:
+        passed = all(ok for ok, _ in points)
+        return _Verdict(attempt, passed, end.value, points)
+    except NOT_THERE:
+        raise
+    except Exception as error:  # an attempt can hold anything: it is no reason to fail
+        text = f"{named(attempt)} has something that can't be read ({type(error).__name__}: {error})."
+        return _Verdict(attempt, False, text, [*points, (False, text)])
+
+
+def _first_run(attempt: Any) -> Any:
+    return attempt[0] if isinstance(attempt, list) else attempt
+
+
+def _start(attempt: Any) -> int:
+    attempt = attempt[-1] if isinstance(attempt, list) else attempt
+    return attempt.info.start_time if isinstance(attempt, Run) else attempt.creation_timestamp
+
+
+def _link(attempt: Any) -> Link | None:
+    attempt = _first_run(attempt)
+    if isinstance(attempt, ModelVersion):
+        return ui_link(mlflow.MlflowClient().get_registered_model(attempt.name))
+    return ui_link(attempt)
+
+
+def named(attempt: Any) -> str:
+    """Return how a reply names a run or a version: by its name and the id's first digits."""
+    attempt = _first_run(attempt)
+    if isinstance(attempt, ModelVersion):
+        return f"version {attempt.version} of `{attempt.name}`"
+    return f"run `{attempt.info.run_name}` ({attempt.info.run_id[:6]})"
+
+
+def listed(values: Iterable[object]) -> str:
+    """Return the values with commas and, before the last, with `and`; at most eight."""
+    words = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+    if len(words) > 8:
+        words = [*words[:7], f"{len(words) - 7} more"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "none"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return the number with its noun, as in `1 child`, `3 children`."""
+    return f"{number or 'no'} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def finished(run: Run) -> tuple[bool, str]:
+    """Expect that the run ended well."""
+    why = {
+        "RUNNING": "it was never ended. Log inside of `with mlflow.start_run(...)`, which ends the run",
+        "FAILED": "an error left its `with` block",
+        "KILLED": "it was interrupted",
+    }.get(run.info.status, "it has not ended")
+    return run.info.status == "FINISHED", f"{named(run)} is {run.info.status}: {why}."
+
+
+def _where_it_looked(exercise: Exercise, evidence: Evidence) -> str:
+    """Say where attempts were looked for, and what looks like one that was misplaced."""
+    number, name = exercise.number, own_name(EXPERIMENT)
+    thing = "version" if exercise.attempts is Evidence.versions else "run"
+    looked = f"no {thing} in the experiment `{name}` of {without_login(tracking_uri())} has the tag"
+    return " ".join([f"{looked} `exercise = {number}`.", *_near_misses(exercise, evidence)][:2])
+
+
+def _near_misses(exercise: Exercise, evidence: Evidence) -> Iterable[str]:
+    number, place = exercise.number, evidence.place(EXPERIMENT)
+    if exercise.attempts is Evidence.versions and (runs := evidence.tagged(number)):
+        yield f"But {named(runs[0])} has it: here the registered version needs the tag."
+    if place is None:
+        there = sqlite_file(tracking_uri()) is None or sqlite_file(tracking_uri()).exists()
+        if there and mlflow.MlflowClient().get_experiment_by_name(own_name(EXPERIMENT)):
+            yield f'The experiment is deleted: `connect("{EXPERIMENT}")` says how to go on.'
+        elif not there:
+            return
+    here = {each.experiment_id: each.name for each in mlflow.search_experiments()}
+    for run in evidence.search([*here], f"tags.exercise = '{number}'"):
+        if run.info.experiment_id != place:
+            where = here[run.info.experiment_id]
+            todo = f'call `connect("{EXPERIMENT}")` first and do it again: a run can\'t be moved'
+            yield f"But {named(run)} has it, in the experiment `{where}`: {todo}."
+    if place is None:
+        return
+    for run in evidence.search([place], f"tags.exercise = '{number}'", ViewType.DELETED_ONLY):
+        yield f"But {named(run)}, which has it, is deleted: restore it in the MLflow UI, or do it again."
+    for run in evidence.runs:
+        for tag, value in run.data.tags.items():
+            digits = re.findall(r"\d+", value)
+            if tag.lower().rstrip("s") == "exercise" and [int(each) for each in digits] == [
+                *map(int, number.split("."))
+            ]:
+                yield f"But {named(run)} has the tag `{tag} = {value}`: write it as `exercise = {number}`."
+    for run in evidence.runs:
+        fresh = run.info.start_time > 1000 * time.time() - RECENT
+        if fresh and not {"exercise", "setup", "mlflow.parentRunId"} & run.data.tags.keys():
+            todo = f'set it with `mlflow.MlflowClient().set_tag("{run.info.run_id}", "exercise", "{number}")`'
+            yield f"But {named(run)} began lately and has no tag `exercise`: if it is your attempt, {todo}."
