@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
             "--sheet", type=Path, required=True, help="CSV file for the passwords; other lines in it stay"
         )
     add(actions, "remove", _participants, "delete a participant's account and keep the runs").add_argument("name")
-    add(commands, "progress", _progress, "show who has finished runs of which lessons")
+    shown = add(commands, "progress", _progress, "show who has run lessons, passed exercises, or is stuck")
+    shown.add_argument("--csv", type=Path, metavar="FILE", help="also write all columns to FILE")
+    shown.add_argument("--watch", type=float, metavar="SECONDS", help="show it again and again, until Ctrl-C")
+    shown.add_argument("--anonymous", action="store_true", help="leave the names out")
     return parser
 
 
@@ -130,13 +134,26 @@ def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
 
 
 def _progress(settings: ServerSettings, given: argparse.Namespace) -> None:
-    from server.progress import progress
+    from server import progress
 
-    # Numbers in place of names: the table is to fit a terminal of 80 columns.
-    table = progress(settings).rename(columns=lambda name: name[:2] if name[:2].isdigit() else name)
-    times = table.pop("last_activity").dt.strftime("%m-%d %H:%M").fillna("-")
-    shown = table.assign(**{"last (UTC)": times}).reset_index().to_string(index=False)
-    print("no participants yet." if table.empty else shown)
+    if given.watch is not None and not given.watch >= 1:
+        raise DemoError(f"--watch {given.watch:g} is not allowed: give a number of seconds, 1 or more.")
+    begin = "\x1b[H\x1b[J" if given.watch and sys.stdout.isatty() else ""  # the screen's corner, empty from there on
+    while True:
+        try:
+            table = progress.progress(settings)
+            if given.csv:
+                progress.write_csv(table, given.csv, given.anonymous)
+            text = progress.as_text(table, given.anonymous)
+        except DemoError as error:
+            if not given.watch:
+                raise
+            text = f"error: {error}"  # a server that restarts is there again at the next look
+        print(begin + text, flush=True)
+        if not given.watch:
+            return
+        print(f"\n{time.strftime('%H:%M:%S')}, again every {given.watch:g} s; Ctrl-C ends it.", flush=True)
+        time.sleep(given.watch)
 
 
 if __name__ == "__main__":

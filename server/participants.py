@@ -15,7 +15,7 @@ from server.client import as_admin, call
 from server.settings import ServerSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")  # no dot and no slash: they end the person's part of a name
-OTHERS = ("batch", "reproduce", "train", "tune")  # experiments that commands use besides the lessons' own
+OTHERS = ("batch", "exercises", "hunt", "reproduce", "train", "tune")  # experiments besides the lessons' own
 SHARED = "shared"
 
 

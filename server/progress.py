@@ -1,48 +1,125 @@
-"""Who has done what: finished and failed runs of the lessons by participant."""
+"""Who has run and done what: the lessons' runs and the answers to the exercises, by participant."""
 
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from time import time
+from typing import Any
 
-from demo_lib.config import lessons
+from demo_lib.config import DemoError, lessons, whole_file
+from demo_lib.exercises import EXERCISES, check_all
+from demo_lib.exercises.evidence import Evidence
 
-import mlflow
 import pandas as pd
+from mlflow.entities import Run
 
 from server.client import as_admin
 from server.participants import experiments, participants
 from server.settings import ServerSettings
 
-MANY = 10**9  # runs: its default would leave some out
-LEFT = 3600_000  # milliseconds after which a run that has not ended counts as left: a lesson takes minutes
+LEFT = 60  # minutes after which a run that has not ended counts as left: a lesson takes minutes
+THREADS = 8  # people asked about at once: most of the time goes into waiting for the server
 
 
 def progress(settings: ServerSettings) -> pd.DataFrame:
-    """Return the number of finished runs by participant and lesson, of failed ones, and the last activity (UTC).
+    """Return a row for each participant, first those who have been stuck longest.
 
+    Columns: the lessons' names, with the number of finished runs; `ran`, the number of lessons that have one; `failed`;
+    the exercises' numbers, with the answers of `demo_lib.exercises.check`; how many are `passed`, `tried` and
+    `not_begun`; `stuck_at`, the exercise begun last of those that are tried and not passed, and `stuck`, the minutes
+    since its first attempt; `idle`, the minutes since the last sign of life; `last_activity`, when that was (UTC).
+
+    A finished run says that a lesson ran, perhaps by `demo_lib run`; only a passed exercise says that somebody worked.
     Failed are the lessons' runs that ended FAILED or KILLED, but for pruned trials, and those that began over an hour
-    ago and have not ended. The last activity is when a run last began or ended.
+    ago and have not ended. A sign of life is that a run began or ended.
 
-    A run counts for the person in whose area it is, if that person was granted to write there. What a run says of
-    itself, such as the tag `mlflow.user`, is not looked at: anyone can set it.
+    What is in a person's area counts for that person, if granted to write there. What a run says of itself, such as the
+    tag `mlflow.user`, is not looked at: anyone can set it.
     """
-    people, there = participants(settings), experiments(settings)
-    titles, owners = [path.stem for path in lessons()], {}
-    for person, granted in people.items():
-        for title in titles:
-            number = there.get(f"{person}/{title}")
-            if granted.get(number) in ("EDIT", "MANAGE"):
-                owners[number] = person, title
-    finished, failed, last, now = Counter(), Counter(), Counter(), 1000 * time()
-    with as_admin(settings):
-        for run in mlflow.search_runs(list(owners), max_results=MANY, output_format="list") if owners else ():
-            person, lesson = owners[run.info.experiment_id]
-            finished[person, lesson] += run.info.status == "FINISHED"
-            left = run.info.status == "RUNNING" and now - run.info.start_time > LEFT
-            ended = run.info.status in ("FAILED", "KILLED") and run.data.tags.get("trial_state") != "PRUNED"
-            failed[person] += left or ended
-            last[person] = max(last[person], run.info.start_time, run.info.end_time or 0)
-    names = pd.Index(list(people), name="name")
-    counts = {title: [finished[name, title] for name in names] for title in titles}
-    counts["failed"] = [failed[name] for name in names]
-    times = pd.Series([last[name] or None for name in names], names, dtype="Int64")
-    return pd.DataFrame(counts, names).assign(last_activity=pd.to_datetime(times, unit="ms", utc=True))
+    there = experiments(settings)
+    areas = {
+        person: {
+            name.partition("/")[2]: number
+            for name, number in there.items()
+            if name.startswith(f"{person}/") and granted.get(number) in ("EDIT", "MANAGE")
+        }
+        for person, granted in participants(settings).items()
+    }
+    with as_admin(settings), ThreadPoolExecutor(THREADS) as pool:
+        rows = list(pool.map(_row, areas.values()))
+    table = pd.DataFrame(rows, pd.Index(list(areas), name="name"), columns=None if rows else list(_row({})))
+    whole = dict.fromkeys(("stuck", "idle"), "Int64")
+    table["last_activity"] = pd.to_datetime(table["last_activity"].astype("Int64"), unit="ms", utc=True)
+    return table.astype(whole).sort_values(["stuck", "passed"], ascending=[False, True], kind="stable")
+
+
+def as_text(table: pd.DataFrame, anonymous: bool = False) -> str:
+    """Return the table as a terminal of 80 columns can show it, without the lessons' and the exercises' columns."""
+    if table.empty:
+        return "no participants yet."
+    shown = pd.DataFrame(
+        {
+            "name": table.index,
+            "passed": table.passed.to_numpy(),
+            "tried": table.tried.to_numpy(),
+            "not begun": table.not_begun.to_numpy(),
+            "stuck at": [
+                f"{at}, {_span(since)}" if at else "-" for at, since in zip(table.stuck_at, table.stuck, strict=True)
+            ],
+            "idle": ["-" if pd.isna(each) else _span(each) for each in table.idle],
+            "ran": table.ran.to_numpy(),
+            "failed": table.failed.to_numpy(),
+        }
+    )
+    return shown.drop(columns="name" if anonymous else []).to_string(index=False)
+
+
+def write_csv(table: pd.DataFrame, path: Path, anonymous: bool = False) -> None:
+    """Write all columns to the file, with or without the names; a place that can't be written is a `DemoError`."""
+    try:
+        with whole_file(path) as partial:
+            table.to_csv(partial, index=not anonymous)
+    except OSError as error:
+        raise DemoError(f"{path} can't be written ({error.strerror}): name a file in a folder that can be.") from None
+
+
+def _row(area: dict[str, str]) -> dict[str, Any]:
+    """Return a person's row; the area has the ids of the person's experiments by name."""
+    evidence, titles, now = Evidence(area.get), [path.stem for path in lessons()], 1000 * time()
+    replies = check_all(EXERCISES, evidence)
+    runs = {title: evidence.runs_of(title) for title in titles}
+    finished = {title: sum(run.info.status == "FINISHED" for run in found) for title, found in runs.items()}
+    answers = [reply.answer for reply in replies]
+    tried = [reply for reply in replies if reply.answer == "not yet"]
+    stuck = max(tried, key=lambda reply: reply.first, default=None)
+    ever = [*(run for found in runs.values() for run in found), *evidence.runs]
+    last = max((max(run.info.start_time, run.info.end_time or 0) for run in ever), default=None)
+    return {
+        **finished,
+        "ran": sum(count > 0 for count in finished.values()),
+        "failed": sum(_went_wrong(run, now) for found in runs.values() for run in found),
+        **{reply.number: reply.answer for reply in replies},
+        "passed": answers.count("passed"),
+        "tried": len(tried),
+        "not_begun": answers.count("not attempted"),
+        "stuck_at": stuck.number if stuck else "",
+        "stuck": stuck and _minutes(stuck.first, now),
+        "idle": last and _minutes(last, now),
+        "last_activity": last,
+    }
+
+
+def _went_wrong(run: Run, now: float) -> bool:
+    left = run.info.status == "RUNNING" and _minutes(run.info.start_time, now) >= LEFT
+    return left or (run.info.status in ("FAILED", "KILLED") and run.data.tags.get("trial_state") != "PRUNED")
+
+
+def _span(minutes: int) -> str:
+    """Return the time in the largest unit that it has two of."""
+    for unit, size in {"d": 1440, "h": 60}.items():
+        if minutes >= 2 * size:
+            return f"{minutes // size} {unit}"
+    return f"{minutes} min"
+
+
+def _minutes(then: int, now: float) -> int:
+    return max(0, int(now - then) // 60_000)  # the person's clock may be ahead

@@ -69,7 +69,7 @@ def test_each_person_can_edit_their_experiments_and_read_the_shared_one(workshop
 
 
 def test_people_get_every_experiment_that_lessons_and_commands_use():
-    files = [*(ROOT / "demo_lib").rglob("*.py"), *lessons()]
+    files = [*(ROOT / "demo_lib").rglob("*.py"), *(ROOT / "notebooks").rglob("*.ipynb")]
     named = re.compile(r'(?:connect\(\\?|experiment: str = )"(\w+)')
     used = {each for file in files for each in named.findall(file.read_text())}
     assert {f"me/{each}" for each in used | {path.stem for path in lessons()}} == set(area("me"))

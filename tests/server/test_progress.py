@@ -1,10 +1,13 @@
-"""The progress table tells who ran what by who may write where, not by what the runs say."""
+"""The progress table tells who ran and passed what by who may write where, not by what the runs say."""
 
+import re
 import time
-from types import SimpleNamespace
 
-from demo_lib.config import lessons
+from demo_lib.config import DemoError, lessons
+from demo_lib.exercises import EXERCISES
+from demo_lib.store import connect
 
+import mlflow
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
@@ -12,10 +15,11 @@ from mlflow import MlflowClient
 from server.__main__ import main
 from server.client import as_admin
 from server.participants import add, remove
-from server.progress import progress
+from server.progress import as_text, progress
 
 pytestmark = pytest.mark.xdist_group("server")
 LESSON = "04_package_a_model"
+TITLES = [path.stem for path in lessons()]
 
 
 def record(experiment, *statuses, user=None):
@@ -43,10 +47,13 @@ def test_finished_runs_are_counted_by_person_and_lesson(workshop, pair, login, m
     record(f"pia/{LESSON}", "FINISHED", "FINISHED", "FAILED", "FINISHED", "RUNNING")
     record("pia/train", "FINISHED")
     table = progress(workshop.settings)
-    assert table.loc["pia", LESSON] == 3 and table.loc["pia"].drop(["failed", "last_activity"]).sum() == 3
-    assert table.failed[["pia", "quinn"]].tolist() == [1, 0]
+    assert table.loc["pia", LESSON] == 3 and table.loc["pia", TITLES].sum() == 3
+    assert table.loc["pia", ["ran", "failed", "passed", "tried"]].tolist() == [1, 1, 0, 0]
     assert pd.Timestamp.now("UTC") - table.loc["pia", "last_activity"] < pd.Timedelta(minutes=5)
-    assert table.loc["quinn"].drop("last_activity").sum() == 0 and pd.isna(table.loc["quinn", "last_activity"])
+    assert table.loc["pia", "idle"] < 5
+    assert table.loc["quinn", [*TITLES, "ran", "failed"]].sum() == 0
+    assert table.loc["quinn", ["last_activity", "idle", "stuck"]].isna().all()
+    assert table.loc["quinn", "not_begun"] == len(EXERCISES)
     assert "admin" not in table.index
 
 
@@ -60,7 +67,7 @@ def test_runs_that_failed_were_killed_or_are_left_are_told_from_absence(workshop
     client.set_terminated(pruned.info.run_id, "KILLED")
     after = progress(workshop.settings).loc["quinn"]
     assert after["failed"] == before["failed"] + 3
-    assert after.drop(["failed", "last_activity"]).equals(before.drop(["failed", "last_activity"]))
+    assert after[TITLES].equals(before[TITLES])
 
 
 def test_a_forged_user_changes_nothing(workshop, pair, login):
@@ -68,7 +75,7 @@ def test_a_forged_user_changes_nothing(workshop, pair, login):
     before = progress(workshop.settings)
     record(f"quinn/{LESSON}", "FINISHED", user="pia")
     after = progress(workshop.settings)
-    assert after.loc["pia"].equals(before.loc["pia"])
+    assert after.loc["pia", TITLES].equals(before.loc["pia", TITLES])
     assert after.loc["quinn", LESSON] == before.loc["quinn", LESSON] + 1
 
 
@@ -88,24 +95,91 @@ def test_an_experiment_named_like_anothers_counts_for_nobody(workshop, pair, log
         client.rename_experiment(theirs, "pia/07_run_a_project")
 
 
-def test_the_command_prints_the_table(workshop, pair, monkeypatch, capsys):
+def attempt(seeds, **tags):
+    """Log attempts at exercise 00.1 as this person."""
+    connect("exercises")
+    for seed in seeds:
+        with mlflow.start_run(tags={"exercise": "00.1"} | tags):
+            mlflow.log_param("seed", seed)
+            mlflow.log_metric("mean_pixel", 73)
+
+
+def test_exercises_are_judged_in_each_persons_area_and_the_stuck_stand_on_top(workshop, pair, login):
+    login("quinn", pair["quinn"])
+    attempt([0, 1, 2], **{"mlflow.user": "pia"})
+    login("pia", pair["pia"])
+    attempt([0, 1])
+    table = progress(workshop.settings)
+    assert table.loc["quinn", ["00.1", "passed", "tried", "stuck_at"]].tolist() == ["passed", 1, 0, ""]
+    assert table.loc["pia", ["00.1", "passed", "tried", "stuck_at"]].tolist() == ["not yet", 0, 1, "00.1"]
+    assert table.loc["pia", "stuck"] < 5 and table.loc["quinn", "not_begun"] == len(EXERCISES) - 1
+    assert table.index[0] == "pia"
+    attempt([2])
+    assert progress(workshop.settings).loc["pia", ["00.1", "passed", "tried"]].tolist() == ["passed", 1, 0]
+
+
+def test_judging_changes_nothing_on_the_server(workshop, pair, login):
+    def state():
+        with as_admin(workshop.settings):
+            numbers = [each.experiment_id for each in mlflow.search_experiments()]
+            found = mlflow.search_runs(numbers, max_results=10_000, output_format="list")
+        return [(run.info.run_id, run.info.status, run.info.end_time, run.data.tags) for run in found], numbers
+
+    before = state()
+    progress(workshop.settings)
+    assert state() == before
+
+
+@pytest.fixture
+def as_server(workshop, monkeypatch):
+    """Run the command line with the workshop's settings."""
     monkeypatch.setenv("MLFLOW_DEMO_SERVER_ADMIN_PASSWORD", workshop.admin[1])
     given = ["--profile", "workshop", "--folder", workshop.settings.folder, "--port", workshop.settings.port]
-    assert main(["progress", *map(str, given)]) == 0
+    return lambda *arguments: main(["progress", *map(str, [*given, *arguments])])
+
+
+def test_the_command_prints_the_table(pair, as_server, capsys):
+    assert as_server() == 0
     header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[:-2] == ["name", *(path.stem[:2] for path in lessons()), "failed"]
+    assert header.split() == ["name", "passed", "tried", "not", "begun", "stuck", "at", "idle", "ran", "failed"]
     assert {"pia", "quinn"} <= {line.split()[0] for line in lines} and max(map(len, lines)) <= 80
 
 
-def test_long_names_fit_the_terminal_and_nobody_is_a_sentence(monkeypatch, capsys):
-    named = {"n" * 24: {"1": "EDIT"}}
-    info = SimpleNamespace(experiment_id="1", status="FAILED", start_time=1, end_time=None)
-    run = SimpleNamespace(info=info, data=SimpleNamespace(tags={}))
-    monkeypatch.setattr("server.progress.participants", lambda settings: named)
-    monkeypatch.setattr("server.progress.experiments", lambda settings: {f"{'n' * 24}/{LESSON}": "1"})
-    monkeypatch.setattr("server.progress.mlflow.search_runs", lambda *given, **options: [run] * 123)
-    assert main(["progress"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-    named.clear()
-    assert main(["progress"]) == 0
-    assert capsys.readouterr().out == "no participants yet.\n"
+def test_names_can_be_left_out(pair, as_server, capsys, tmp_path):
+    assert as_server("--anonymous", "--csv", tmp_path / "progress.csv") == 0
+    out, text = capsys.readouterr().out, (tmp_path / "progress.csv").read_text()
+    for shown in (out, text):
+        assert "pia" not in shown and "quinn" not in shown and "name" not in shown
+    assert as_server("--csv", tmp_path / "progress.csv") == 0
+    table = pd.read_csv(tmp_path / "progress.csv", index_col="name")
+    assert {"pia", "quinn"} <= set(table.index) and {*TITLES, *EXERCISES, "ran", "passed", "idle"} <= set(table)
+
+
+@pytest.mark.parametrize("given", [("--watch", "0"), ("--watch", "nan"), ("--csv", "/nowhere/at/all.csv")])
+def test_bad_input_is_a_sentence(given, pair, as_server, capsys):
+    assert as_server(*given) == 2
+    assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
+
+
+def test_watch_goes_on_while_the_server_is_away(monkeypatch, capsys):
+    looks = iter([DemoError("no server answers."), pd.DataFrame(), KeyboardInterrupt()])
+
+    def look(settings):
+        found = next(looks)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr("server.progress.progress", look)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert main(["progress", "--watch", "1"]) == 130
+    out = capsys.readouterr().out
+    assert "error: no server answers." in out and "no participants yet." in out and "\x1b" not in out
+
+
+def test_long_names_fit_the_terminal():
+    numbers = {"passed": [12], "tried": [10], "not_begun": [11], "ran": [9], "failed": [123]}
+    table = pd.DataFrame(numbers | {"stuck_at": ["03.1"], "stuck": [123456], "idle": [123456]}, index=["n" * 24])
+    lines = as_text(table).splitlines()
+    assert max(map(len, lines)) <= 80 and "03.1, 85 d" in lines[1]
+    assert as_text(table.assign(stuck_at=[""], idle=[pd.NA])).split()[-3:] == ["-", "9", "123"]

@@ -31,6 +31,8 @@ CORE = "config identity databases data model training store tracking study tunin
 CORE = [f"demo_lib.{name}" for name in CORE.split()]
 SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
+LESSONS = sorted(path.stem for path in (ROOT / "demo_lib" / "exercises").glob("lesson_*.py"))
+EXERCISES = [f"demo_lib.exercises.{name}" for name in ("evidence", "judging", "words", "quiz", *LESSONS)]
 OPS = [f"demo_lib.ops.{name}" for name in ("workers", "batch", "reproduce", "doctor")]
 SERVER = ["settings", "database", "client", "process", "background", "readiness", "participants", "progress"]
 SERVER = [f"server.{name}" for name in [*SERVER, "backup", "cleanup", "__main__"]]
@@ -49,12 +51,13 @@ LATE = {
 def may_import(room):
     """Return the rooms that this one may import."""
     if room in SERVER:
-        return [*CORE[:3], *SHARED, *SERVER[: SERVER.index(room)]]
+        judges = ["demo_lib.exercises", *EXERCISES] if room == "server.progress" else []
+        return [*CORE[:3], *SHARED, *judges, *SERVER[: SERVER.index(room)]]
     if room in MAIN:
-        return [*CORE, *SHARED, *DEPLOY, *OPS]
+        return [*CORE, *SHARED, *DEPLOY, *OPS, "demo_lib.exercises"]
     if room in SHARED:
         return ["demo_lib.config", *SHARED[: SHARED.index(room)]]
-    wing = next(wing for wing in (CORE, DEPLOY, OPS) if room in wing)
+    wing = next(wing for wing in (CORE, DEPLOY, EXERCISES, OPS) if room in wing)
     return [*([] if wing is CORE else CORE + SHARED), *wing[: wing.index(room)]]
 
 
@@ -75,7 +78,7 @@ def path_of(room):
     return ROOT.joinpath(*room.split(".")).with_suffix(".py")
 
 
-ROOMS = [*CORE, *SHARED, *DEPLOY, *OPS, *SERVER, *MAIN]
+ROOMS = [*CORE, *SHARED, *DEPLOY, *EXERCISES, *OPS, *SERVER, *MAIN]
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -129,6 +132,7 @@ MAY_LOAD = {
     "ops.batch": CONFIG | {"joblib", "papermill"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
     "ops.doctor": CONFIG | {"requests"},
+    "exercises": TABLES | {"sqlalchemy"},
     "deploy.packaging": NETWORK | TABLES,
     "deploy.registry": NETWORK | TRACKING | TABLES | {"tqdm"},
     "deploy.serving": NETWORK | TABLES,
