@@ -25,9 +25,13 @@ class Evidence:
 
     def __init__(self, place: Callable[[str], str | None]) -> None:
         self.place = place
-        self.client = MlflowClient()
         self._histories: dict[tuple[str, str], list[Metric]] = {}
         self._runs: dict[str, Run | None] = {}
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """MLflow's client, made late: it would make a store where none is."""
+        return MlflowClient()
 
     @cached_property
     def runs(self) -> list[Run]:

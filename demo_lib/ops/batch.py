@@ -228,7 +228,8 @@ def _keep(job: Job, executed: Path) -> None:
             return
         notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a progress bar, its end
         # A code cell's metadata `alt` is the alternative text of its image: of the templates only `classic` knows it.
-        page, _ = HTMLExporter(embed_images=True, template_name="classic").from_notebook_node(notebook)
+        exporter, beside = HTMLExporter(embed_images=True, template_name="classic"), {"path": str(job.notebook.parent)}
+        page, _ = exporter.from_notebook_node(notebook, {"metadata": beside})
         nbformat.write(notebook, executed)
         mlflow.log_artifact(str(executed))  # not job.output, to which another batch may write at the same time
         for suffix, content in {".html": page, ".ipynb": nbformat.writes(notebook)}.items():

@@ -1,20 +1,19 @@
 """A real Chromium, a participant's JupyterLab on a copy of the lessons, and the MLflow UI on the test's store."""
 
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_lib.config import ROOT
 from demo_lib.ops.processes import free_port
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
 from server.client import as_admin
 from server.participants import add
 from tests.browser.chromium import chromium
+from tests.browser.jupyterlab import jupyterlab
 from tests.server.conftest import Site, workshop_in
 from tests.tools.processes import serving
 
@@ -49,19 +48,22 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(template, workshop, tmp_path_factory):
-    """The JupyterLab of lea on a copy of the lessons: it saves them with outputs."""
-    home, port = tmp_path_factory.mktemp("lab"), free_port()
-    shutil.copytree(ROOT / "notebooks", home / "notebooks")
+    """The JupyterLab of lea on a copy of the notebooks: it saves them with outputs."""
+    home = tmp_path_factory.mktemp("lab")
     (home / "data").symlink_to(template / "data")
     site, passwords = workshop
     environment = {"DEMO_HOME": str(home), "MLFLOW_TRACKING_URI": site.url}
     environment |= {"MLFLOW_TRACKING_USERNAME": "lea", "MLFLOW_TRACKING_PASSWORD": passwords["lea"]}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--ServerApp.port={port}"]
-    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={home / 'notebooks'}", "--IdentityProvider.token="]
-    command += ["--LabApp.expose_app_in_browser=True"]
-    jupyter = {"JUPYTER_CONFIG_DIR": str(home / "jupyter"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
-    with serving(command, f"http://127.0.0.1:{port}/lab", env=os.environ | environment | jupyter):
-        yield Lab(f"http://127.0.0.1:{port}/lab", home, environment, site)
+    with jupyterlab(home, environment) as url:
+        yield Lab(url, home, environment, site)
+
+
+@pytest.fixture
+def as_lea(lab, monkeypatch):
+    """Make this process, and those that it starts, lea's."""
+    for name, value in lab.environment.items():
+        monkeypatch.setenv(name, value)
+    mlflow.set_tracking_uri(lab.site.url)
 
 
 @pytest.fixture
