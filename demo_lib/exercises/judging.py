@@ -92,7 +92,8 @@ class Reply:
             for met, text in self.points
         )
         return (
-            f'<div class="alert alert-{kind}"><strong>{mark} {self.number} {self.answer}.</strong> {_code(self.text)}'
+            f'<div class="alert alert-{kind}" style="color: #1a1a1a">'  # JupyterLab's orange on orange is hard to read
+            f"<strong>{mark} {self.number} {self.answer}.</strong> {_code(self.text)}"
             + (f"<ul>{points}</ul>" if points else "")
             + (f"<br>{self.link._repr_html_()}" if self.link else "")
             + "</div>"
@@ -129,7 +130,7 @@ def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[
         return [_reply(each, evidence) for each in exercises]
     except (DemoError, *NOT_THERE) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
-        text = f"the store can't be read: {reason}. What you have done is not lost; check again when the store answers."
+        text = f"The store can't be read: {reason}. What you have done is not lost; check again when the store answers."
         return [Reply(each.number, each.title, "can't tell", text) for each in exercises]
 
 
@@ -170,9 +171,9 @@ def _reply(exercise: Exercise, evidence: Evidence) -> Reply:
             missed = max((each for each in verdicts if not each.passed), key=lambda verdict: verdict.met)
             all_good = _Verdict(missed.attempt, False, f"{all_good.text} Not counted: {missed.text}", [])
         closest = all_good
-    text = closest.text
+    text = closest.text[:1].upper() + closest.text[1:]
     if not closest.passed and not exercise.together and len(verdicts) > 1:
-        text = f"of {len(verdicts)} attempts this is the closest. {text}"
+        text = f"Of {len(verdicts)} attempts this is the closest. {text}"
     points = closest.points if exercise.rubric and not closest.passed else []
     started = [_start(each) for each in attempts]
     answer: Answer = "passed" if closest.passed else "not yet"
@@ -248,7 +249,7 @@ def _where_it_looked(exercise: Exercise, evidence: Evidence) -> str:
     """Say where attempts were looked for, and what looks like one that was misplaced."""
     number, name = exercise.number, own_name(EXPERIMENT)
     thing = "version" if exercise.attempts is Evidence.versions else "run"
-    looked = f"no {thing} in the experiment `{name}` of {without_login(tracking_uri())} has the tag"
+    looked = f"No {thing} in the experiment `{name}` of {without_login(tracking_uri())} has the tag"
     return " ".join([f"{looked} `exercise = {number}`.", *_near_misses(exercise, evidence)][:2])
 
 

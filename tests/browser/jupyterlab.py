@@ -44,6 +44,7 @@ def open_notebook(browser: Browser, lab: str, path: str) -> Page:
     page.goto(f"{lab}/workspaces/{Path(path).stem}-{Path(path).parent.name}/tree/{path}")
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    page.evaluate("window.jupyterapp.shell.currentWidget.revealed")  # cells are attached one after the other
     return page
 
 

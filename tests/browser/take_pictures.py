@@ -1,25 +1,40 @@
 """Take the README's pictures: `python -m tests.browser.take_pictures`.
 
-Runs the lessons with their defaults in a new store and looks at it with the MLflow UI in a real browser.
+Runs the lessons with their defaults in a new store, looks at it with the MLflow UI in a real browser, and does an
+exercise in JupyterLab there.
 """
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from demo_lib.config import ROOT
+from demo_lib.exercises import solution
 from demo_lib.ops.processes import free_port
 from demo_lib.runs import best, children
 from demo_lib.store import connect, ui_link
 
 import mlflow
 from mlflow.entities import Run
-from playwright.sync_api import Page
+from PIL import Image
+from playwright.sync_api import Browser, Page
 
 from tests.browser.chromium import chromium
+from tests.browser.jupyterlab import (
+    close,
+    code_cell,
+    empty_cell_before,
+    jupyterlab,
+    open_notebook,
+    reply,
+    run,
+    type_into,
+)
 from tests.tools.processes import serving
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -62,6 +77,26 @@ def in_ui(page: Page) -> None:
     save(page, "compared_runs.png")
 
 
+def of_replies(browser: Browser, home: Path) -> None:
+    """Take the picture of two replies in JupyterLab: to a wrong attempt at exercise 02.1, and to a right one."""
+    right = solution("02.1", show=True).text.removeprefix("```python\n").removesuffix("\n```")
+    shots = []
+    with jupyterlab(home, {"DEMO_HOME": str(home)}) as lab:
+        page = open_notebook(browser, lab, "exercises/02_nest_your_trials.ipynb")
+        for source in ("from tempfile", "data = load_data"):
+            run(page, code_cell(page, source))
+        for code in (right.replace(", parent_run_id=parent.info.run_id", ""), right):
+            type_into(page, empty_cell_before(page, 'check("02.1")'), code)
+            reply(page, "02.1")
+            page.mouse.move(0, 0)
+            shots.append(Image.open(io.BytesIO(code_cell(page, 'check("02.1")').screenshot())))
+        close(page)
+    both = Image.new("RGB", (shots[0].width, sum(shot.height for shot in shots)), "white")
+    for number, shot in enumerate(shots):
+        both.paste(shot, (0, number * shots[0].height))
+    both.save(PICTURES / "replies.png")
+
+
 def from_store() -> None:
     """Take the plots that the lessons logged: one of the study, and the best run's loss."""
     study = find("03_query_and_plot_runs", "queried").info.run_id
@@ -92,6 +127,7 @@ def main() -> None:
         from_store()
         with serving([*command, "ui"], f"http://127.0.0.1:{port}/health"), chromium() as browser:
             in_ui(browser.new_page(viewport=USUAL))
+            of_replies(browser, Path(home))
 
 
 if __name__ == "__main__":

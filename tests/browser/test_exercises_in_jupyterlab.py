@@ -109,7 +109,7 @@ def test_a_reply_is_read_from_the_page_after_typing(home, browser, lab, as_lea):
         run(page, code_cell(page, source))
     assert "00.1 not attempted" in reply(page, "00.1")
     type_into(page, empty_cell_before(page, 'check("00.1")'), code_of("00.1").replace("range(3)", "range(2)"))
-    assert "there is a good run for seed 0 and 1, none for 2" in reply(page, "00.1")
+    assert "There is a good run for seed 0 and 1, none for 2" in reply(page, "00.1")
     type_into(page, empty_cell_before(page, 'check("00.1")'), code_of("00.1"))
     assert "00.1 passed" in reply(page, "00.1")
     assert check("00.1").answer == "passed"

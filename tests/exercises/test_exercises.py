@@ -62,7 +62,7 @@ def test_wrong_attempts_get_a_reply_each_that_names_the_mistake(number, afresh):
         reply = check(number)
         assert reply.answer == "not yet", f"{attempt.__name__}: {reply}"
         said = " ".join([reply.text, *(text for met, text in reply.points if not met)])
-        assert re.search(evidence, said), f"{attempt.__name__}: {reply}"
+        assert re.search(evidence, said, re.IGNORECASE), f"{attempt.__name__}: {reply}"
         assert reply.link and len(reply.text) < 500
         replies[attempt.__name__] = re.sub(r"`[a-z]+-[a-z]+-\d+`|\([0-9a-f]{6}\)", "", said)
     assert len(set(replies.values())) == len(replies), replies

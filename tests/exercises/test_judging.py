@@ -115,7 +115,7 @@ def test_the_closest_of_several_attempts_is_spoken_of(home):
     with mlflow.start_run(tags=TEN, run_name="far"):
         pass
     text = check("00.2").text
-    assert text.startswith("of 2 attempts this is the closest. run `near`") and "all at step 0" in text
+    assert text.startswith("Of 2 attempts this is the closest. Run `near`") and "all at step 0" in text
 
 
 def test_odd_things_in_an_attempt_are_no_error(home):
