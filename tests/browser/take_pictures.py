@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from demo_lib.config import ROOT
+from demo_lib.config import LESSONS, ROOT
 from demo_lib.exercises import solution
 from demo_lib.ops.processes import free_port
 from demo_lib.runs import best, children
@@ -94,7 +94,7 @@ def of_replies(browser: Browser, home: Path) -> None:
     both = Image.new("RGB", (shots[0].width, sum(shot.height for shot in shots)), "white")
     for number, shot in enumerate(shots):
         both.paste(shot, (0, number * shots[0].height))
-    both.save(PICTURES / "replies.png")
+    both.save(LESSONS / "pictures" / "replies.png")  # where a lesson's page can take it in
 
 
 def from_store() -> None:
