@@ -292,7 +292,9 @@ def _percent(draw: Random, run: Planned) -> None:
 
 def _wrong_rate(draw: Random, run: Planned) -> None:
     rate = run.params["learning_rate"]
-    run.params["learning_rate"] = draw.choice([each for each in RATES if not rate / 1.5 < each < 1.5 * rate])
+    others = [each for each in RATES if not rate / 1.5 < each < 1.5 * rate]
+    # A trial's rate has five digits, and so it stays another than every other run's.
+    run.params["learning_rate"] = round(rate * draw.uniform(2, 5), 5) if run.parent else draw.choice(others)
 
 
 def _nan_loss(draw: Random, run: Planned) -> None:
@@ -331,7 +333,7 @@ def why_sound(run: Planned, kind: str, runs: list[Planned]) -> str:
         return f"it is {run.status}, so its status tells of the NaN"
     if kind == "worse_alias" and run.champion:
         return "its version has the highest `test_accuracy` of all"
-    accuracy = max([*run.values("test_accuracy").values(), *run.values("val_accuracy").values()])
+    accuracy = max([*run.values("test_accuracy").values(), *run.values("val_accuracy").values()], default=0)
     return {
         "left_running": f"it is {run.status}",
         "steps_start_over": "the steps of its `train_loss` only rise",

@@ -228,23 +228,17 @@ def _clue(hidden: list[str], hits: dict[str, int], guilty: dict[str, list[Planne
     return [f"Still hidden: something about {CLUES[hidden[0]]}."] if hidden else []
 
 
-def _singles(evidence: Evidence) -> list[Run]:
-    """Return the finished trainings of one of the person's hunts that are no trials, the first first."""
-    for runs in _hunts(evidence).values():
-        done = [run for run in runs if run.info.status == "FINISHED" and "study" not in run.data.tags]
-        if len(done) > 3:
-            return sorted(done, key=lambda run: run.info.start_time)
-    return []
-
-
 @question("03.3")
 def _longest(evidence: Evidence) -> Question:
     """Ask which of four runs took longest."""
-    took = {run.info.run_name: (run.info.end_time - run.info.start_time) / 60_000 for run in _singles(evidence)[:4]}
-    if len({round(minutes, 1) for minutes in took.values()}) == 4:
+    for (seed, _), runs in _hunts(evidence).items():
+        done = [run for run in runs if run.info.status == "FINISHED" and "study" not in run.data.tags]
+        took = {run.info.run_name: (run.info.end_time - run.info.start_time) / 60_000 for run in done[-4:]}
+        if len({round(minutes, 1) for minutes in took.values()}) < 4:
+            continue
         longest = max(took, key=took.__getitem__)
         return Question(
-            "Which of these runs of your hunt took longest?",
+            f"Which of these runs of your hunt with seed {seed} took longest?",
             f"`{longest}`",
             f"It took {took.pop(longest):.1f} minutes. The table has `start_time` and `end_time`: subtract them.",
             {f"`{name}`": f"It took {minutes:.1f} minutes. Another took longer." for name, minutes in took.items()},
@@ -292,13 +286,13 @@ def _numbers(evidence: Evidence) -> Question:
 @question("09.1")
 def _best_study(evidence: Evidence) -> Question:
     """Ask which study had the best trial."""
-    for runs in _hunts(evidence).values():
+    for (seed, _), runs in _hunts(evidence).items():
         best = {run.info.run_name: run.data.metrics.get("best_val_accuracy") for run in runs}
         best = {name: accuracy for name, accuracy in best.items() if accuracy is not None}
         if len({*best.values()}) == len(best) == 3:
             winner = max(best, key=best.__getitem__)
             return Question(
-                "Which study of your hunt found the highest validation accuracy?",
+                f"Which study of your hunt with seed {seed} found the highest validation accuracy?",
                 f"`{winner}`",
                 f"Its best trial has {best.pop(winner):.4f}. But was it the same data? Look at the digests.",
                 {f"`{name}`": f"Its best has {value:.4f}, another more." for name, value in best.items()},
