@@ -119,7 +119,8 @@ def _register(name: str, versions: list[tuple[Planned, Run]]) -> bool:
         if run_id not in known:
             model = client.create_logged_model(run.info.experiment_id, "best_model", run_id)
             client.finalize_logged_model(model.model_id, "READY")
-            made = client.create_model_version(name, f"models:/{model.model_id}", run_id)
+            source = f"models:/{model.model_id}"
+            made = client.create_model_version(name, source, run_id, model_id=model.model_id)
             known[run_id] = made.version
     champion = next(run.info.run_id for planned, run in versions if planned.champion)
     client.set_registered_model_alias(name, "champion", known[champion])
