@@ -123,9 +123,9 @@ def _study(draw: Random, number: int, digest: str) -> list[Planned]:
     tags = {"study": name, "data_digest": digest}
     states = ["COMPLETE"] * 4 + ["PRUNED"] * 2 if number < 2 else ["COMPLETE"] * 3 + ["PRUNED"] * 2 + ["FAIL"]
     draw.shuffle(states)
-    family = [Planned(name, start, 62, {"trials": 6, "sampler": "random"}, dict(tags))]
+    family = [Planned(name, start, 62, {"trials": 6, "sampler": "random", "sampler_seed": number}, dict(tags))]
     for trial, state in enumerate(states):
-        rate = round(10 ** draw.uniform(-3, -1.5), 5)
+        rate = round(10 ** draw.uniform(-3, -1.5), 8)  # so many digits that no two trials are equal
         chosen = {"learning_rate": rate, "batch_size": draw.choice([*STEPS]), "channels": draw.choice(WIDTHS)}
         own = tags | {"trial_number": str(trial), "trial_state": state}
         run = _training(draw, f"{name} {trial}", start - 1 - 10 * trial, chosen | {"epochs": 5, "seed": 0}, own)
@@ -293,8 +293,7 @@ def _percent(draw: Random, run: Planned) -> None:
 def _wrong_rate(draw: Random, run: Planned) -> None:
     rate = run.params["learning_rate"]
     others = [each for each in RATES if not rate / 1.5 < each < 1.5 * rate]
-    # A trial's rate has five digits, and so it stays another than every other run's.
-    run.params["learning_rate"] = round(rate * draw.uniform(2, 5), 5) if run.parent else draw.choice(others)
+    run.params["learning_rate"] = round(rate * draw.uniform(2, 5), 8) if run.parent else draw.choice(others)
 
 
 def _nan_loss(draw: Random, run: Planned) -> None:
