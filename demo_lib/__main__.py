@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add(_reproduce, "train a run again and compare every metric step by step", of_run)
     tested = add(_check, "judge your attempts at the exercises by what lies in the store")
     tested.add_argument("wanted", nargs="*", metavar="NN[.K]", help="a lesson's exercises, or one (default: all)")
+    hunted = add(_hunt, "make a week of runs with hidden faults, for the exercises 03.3 and 09.1")
+    hunted.add_argument("--seed", required=True, metavar="N", help="draws the runs and their faults: 0 or more")
+    hunted.add_argument("--faults", default=6, metavar="N", help="kinds of faults, from 6 to 12 (default: 6)")
     add(_ui, "serve the MLflow UI on the store")
     return parser
 
@@ -107,8 +110,11 @@ def _config(config: type[Config], given: argparse.Namespace) -> Any:
 def _say(run: Any, *lines: str) -> None:
     from demo_lib.store import ui_link
 
-    start = "" if tracking_uri().startswith("http") else f"  (start the UI with: {PYTHON} -m demo_lib ui)"
-    print(*lines, f"run {run.info.run_id}", f"{ui_link(run)}{start}", sep="\n")
+    print(*lines, f"run {run.info.run_id}", f"{ui_link(run)}{_how_to_start()}", sep="\n")
+
+
+def _how_to_start() -> str:
+    return "" if tracking_uri().startswith("http") else f"  (start the UI with: {PYTHON} -m demo_lib ui)"
 
 
 # Each command imports what it needs: PyTorch and MLflow take seconds to load.
@@ -203,11 +209,18 @@ def _check(given: argparse.Namespace) -> int:
     for each in given.wanted:
         if not any(each in (number, number[:2]) for number in EXERCISES):
             raise DemoError(f"there is no exercise {each!r}; there are {', '.join(EXERCISES)}.")
-    numbers = [number for number in EXERCISES if not given.wanted or {number, number[:2]} & {*given.wanted}]
+    numbers = [number for number in sorted(EXERCISES) if not given.wanted or {number, number[:2]} & {*given.wanted}]
     replies = check_all(numbers)
     print(*(f"{each.number}  {each.answer:13}  {each.title}" for each in replies), sep="\n")
     print("", *replies, sep="\n\n")
     return 0 if all(each.answer == "passed" for each in replies) else 1
+
+
+def _hunt(given: argparse.Namespace) -> None:
+    from demo_lib.exercises import hunt
+
+    made = hunt(given.seed, given.faults)
+    print(made.text, f"{made.link}{_how_to_start()}", sep="\n")
 
 
 def _ui(given: argparse.Namespace) -> int:

@@ -1,23 +1,24 @@
 """Exercises whose answers are judged by what lies in the store; this wing calls the core.
 
 `evidence` reads the store, `judging` makes a reply of it, `words` has hints and solutions, `quiz` three questions a
-lesson. `lesson_NN` says what the exercises of a lesson expect. `hunt` makes runs with faults to find.
+lesson. `lesson_NN` says what the exercises of a lesson expect. `hunt` makes runs with faults to find,
+and `faults` says which.
 """
 
 from demo_lib.exercises import lesson_00, lesson_01, lesson_02  # noqa: F401
+from demo_lib.exercises.hunt import hunt
 from demo_lib.exercises.judging import EXERCISES, check, check_all
 from demo_lib.exercises.quiz import quiz
 from demo_lib.exercises.words import hint, solution
 
 import pandas as pd
 
-__all__ = ["EXERCISES", "check", "check_all", "hint", "progress", "quiz", "solution"]
+__all__ = ["EXERCISES", "check", "check_all", "hint", "hunt", "progress", "quiz", "solution"]
 
 
 def progress() -> pd.DataFrame:
     """Return a table of all exercises: number, title, and whether it is passed, open or not begun."""
     states = {"passed": "passed", "not yet": "open", "not attempted": "not begun", "can't tell": "can't tell"}
-    rows = [
-        {"exercise": each.number, "task": each.title, "state": states[each.answer]} for each in check_all(EXERCISES)
-    ]
+    replies = check_all(sorted(EXERCISES))
+    rows = [{"exercise": each.number, "task": each.title, "state": states[each.answer]} for each in replies]
     return pd.DataFrame(rows).set_index("exercise")

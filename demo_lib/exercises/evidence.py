@@ -27,6 +27,7 @@ class Evidence:
         self.place = place
         self._histories: dict[tuple[str, str], list[Metric]] = {}
         self._runs: dict[str, Run | None] = {}
+        self._places: dict[str, list[Run]] = {}
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -40,7 +41,10 @@ class Evidence:
 
     def runs_of(self, experiment: str) -> list[Run]:
         """Return the runs of one of the person's experiments, the latest first; none if it is not there."""
-        return self.search([number]) if (number := self.place(experiment)) else []
+        if experiment not in self._places:
+            number = self.place(experiment)
+            self._places[experiment] = self.search([number]) if number else []
+        return self._places[experiment]
 
     def search(self, numbers: Sequence[str], where: str = "", view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
         """Return the runs of these experiments, by id, that pass the filter."""

@@ -37,6 +37,7 @@ class Exercise:
     attempts: Callable[[Evidence, str], list]
     together: Callable[[list, Evidence], Expectations] | None
     rubric: bool  # show every expectation and not only the first that is missed
+    missing: Callable[[Evidence], str] | None = None  # what is said without an attempt, if none has the tag
 
 
 EXERCISES: dict[str, Exercise] = {}
@@ -48,14 +49,16 @@ def exercise(
     attempts: Callable[[Evidence, str], list] = Evidence.tagged,
     together: Callable[[list, Evidence], Expectations] | None = None,
     rubric: bool = False,
+    missing: Callable[[Evidence], str] | None = None,
 ) -> Callable:
     """Make the function the judge of an attempt at the exercise: runs with its tag, or what `attempts` finds.
 
-    Expectations stand in an order in which each may count on those before it.
+    Where attempts have another mark than the tag, `missing` says what is to be done if there is none. Expectations
+    stand in an order in which each may count on those before it.
     """
 
     def add(judge: Callable[[Any, Evidence], Expectations]) -> Callable:
-        EXERCISES[number] = Exercise(number, title, judge, attempts, together, rubric)
+        EXERCISES[number] = Exercise(number, title, judge, attempts, together, rubric, missing)
         return judge
 
     return add
@@ -161,7 +164,8 @@ def _reply(exercise: Exercise, evidence: Evidence) -> Reply:
     attempts = exercise.attempts(evidence, exercise.number)
     about = {"number": exercise.number, "title": exercise.title}
     if not attempts:
-        return Reply(**about, answer="not attempted", text=_where_it_looked(exercise, evidence))
+        text = exercise.missing(evidence) if exercise.missing else _where_it_looked(exercise, evidence)
+        return Reply(**about, answer="not attempted", text=text)
     verdicts = [_judge(exercise.judge(each, evidence), each, exercise.rubric) for each in attempts]
     closest = max(verdicts, key=lambda verdict: (verdict.passed, verdict.met))  # of equals the first, so the latest
     good = [verdict.attempt for verdict in verdicts if verdict.passed]
