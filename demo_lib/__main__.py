@@ -209,7 +209,7 @@ def _check(given: argparse.Namespace) -> int:
     for each in given.wanted:
         if not any(each in (number, number[:2]) for number in EXERCISES):
             raise DemoError(f"there is no exercise {each!r}; there are {', '.join(EXERCISES)}.")
-    numbers = [number for number in sorted(EXERCISES) if not given.wanted or {number, number[:2]} & {*given.wanted}]
+    numbers = [number for number in EXERCISES if not given.wanted or {number, number[:2]} & {*given.wanted}]
     replies = check_all(numbers)
     print(*(f"{each.number}  {each.answer:13}  {each.title}" for each in replies), sep="\n")
     print("", *replies, sep="\n\n")

@@ -9,12 +9,13 @@ from demo_lib.store import own_name
 
 import mlflow
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import LoggedModel, Metric, Run, ViewType
+from mlflow.entities import FileInfo, LoggedModel, Metric, Run, Trace, ViewType
 from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "exercises"
 PARENT = "mlflow.parentRunId"
 MANY = 100_000
+LARGE = 5_000_000  # bytes of a file that is not read: a check is quick
 
 
 class Evidence:
@@ -28,6 +29,7 @@ class Evidence:
         self._histories: dict[tuple[str, str], list[Metric]] = {}
         self._runs: dict[str, Run | None] = {}
         self._places: dict[str, list[Run]] = {}
+        self._flushed = False
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -53,6 +55,12 @@ class Evidence:
     def tagged(self, number: str) -> list[Run]:
         """Return the runs that were tagged as attempts at the exercise, the latest first."""
         return [run for run in self.runs if run.data.tags.get("exercise", "").strip() == number]
+
+    def tops(self, number: str) -> list[Run]:
+        """Return the tagged runs; tagged children stand for nothing where a tagged run is their parent."""
+        tagged = self.tagged(number)
+        known = {run.info.run_id for run in tagged}
+        return [run for run in tagged if run.data.tags.get(PARENT) not in known]
 
     def children(self, run: Run) -> list[Run]:
         """Return the runs nested in this one, the first first."""
@@ -104,6 +112,45 @@ class Evidence:
         found = self.client.search_model_versions(f"tags.exercise = '{number}'", max_results=1000)
         found = [version for version in found if version.run_id in own]
         return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
+
+    def scored(self, run: Run, metric: str) -> set[str]:
+        """Return the ids of the models, known in `exercises`, for which the run logged the metric."""
+        mine = metric, run.info.run_id
+        return {each.model_id for each in self._models if mine in {(m.key, m.run_id) for m in each.metrics or ()}}
+
+    def versions_of(self, runs: Sequence[Run]) -> list[ModelVersion]:
+        """Return the registered versions whose models these runs made, the first first."""
+        wanted = ", ".join(f"'{run.info.run_id}'" for run in runs)
+        found = self.client.search_model_versions(f"run_id IN ({wanted})", max_results=1000) if runs else []
+        return sorted(found, key=lambda version: version.creation_timestamp)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Return which version each alias of the registered model names; none if it is not there, or not yours."""
+        with suppress(MlflowException):
+            return {alias: str(number) for alias, number in self.client.get_registered_model(name).aliases.items()}
+        return {}
+
+    def files(self, run: Run, folder: str | None = None) -> list[FileInfo]:
+        """Return the files and folders of the run, or of one of its folders."""
+        return self.client.list_artifacts(run.info.run_id, folder)
+
+    def text(self, run: Run, path: str) -> str | None:
+        """Return the text of one of the run's files, None if it has no such file or a large one."""
+        found = next((each for each in self.files(run) if each.path == path and not each.is_dir), None)
+        if found is None or (found.file_size or 0) > LARGE:
+            return None
+        return mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{path}")
+
+    def traces(self, run: Run, wait: bool = True) -> list[Trace]:
+        """Return the run's traces with their spans, a hundred at most; wait first for those still to be written."""
+        flush, self._flushed = wait and not self._flushed, self._flushed or wait  # it takes seconds after a trace
+        place = [run.info.experiment_id]
+        return self.client.search_traces(locations=place, run_id=run.info.run_id, max_results=100, flush=flush)
+
+
+def model_id(version: ModelVersion) -> str:
+    """Return the id of the model that was registered: a search leaves the version's own `model_id` empty."""
+    return (version.source or "").rpartition("/")[2]
 
 
 def of_this_login() -> Evidence:

@@ -9,13 +9,6 @@ from demo_lib.exercises.quiz import Question, question
 from mlflow.entities import Run
 
 
-def _top(evidence: Evidence, number: str) -> list[Run]:
-    """Return the tagged runs; tagged children stand for nothing where a tagged run is their parent."""
-    tagged = evidence.tagged(number)
-    known = {run.info.run_id for run in tagged}
-    return [run for run in tagged if run.data.tags.get(PARENT) not in known]
-
-
 def _orphans(parent: Run, evidence: Evidence) -> list[Run]:
     """Return runs without parent and without children that began while this one ran."""
     end = parent.info.end_time or parent.info.start_time
@@ -29,7 +22,7 @@ def _orphans(parent: Run, evidence: Evidence) -> list[Run]:
     ]
 
 
-@exercise("02.1", "six trials, two at a time", attempts=_top)
+@exercise("02.1", "six trials, two at a time", attempts=Evidence.tops)
 def six_trials(run: Run, evidence: Evidence) -> Expectations:
     """Judge the parent run of a study of six trials."""
     above = run.data.tags.get(PARENT)
@@ -74,7 +67,7 @@ def six_trials(run: Run, evidence: Evidence) -> Expectations:
     )
 
 
-@exercise("02.2", "stop bad trials, and name the winner", attempts=_top)
+@exercise("02.2", "stop bad trials, and name the winner", attempts=Evidence.tops)
 def name_the_winner(run: Run, evidence: Evidence) -> Expectations:
     """Judge the parent run of a study with a pruner."""
     children = evidence.children(run)
@@ -120,7 +113,7 @@ def name_the_winner(run: Run, evidence: Evidence) -> Expectations:
     )
 
 
-@exercise("02.3", "interrupted, and finished", attempts=_top)
+@exercise("02.3", "interrupted, and finished", attempts=Evidence.tops)
 def interrupted_and_finished(run: Run, evidence: Evidence) -> Expectations:
     """Judge the parent run of a study that went on after an interruption."""
 
