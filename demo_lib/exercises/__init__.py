@@ -4,7 +4,7 @@
 lesson. `lesson_NN` says what the exercises of a lesson expect. `hunt` makes runs with faults to find.
 """
 
-from demo_lib.exercises import lesson_00, lesson_01, lesson_02  # noqa: F401
+from demo_lib.exercises import lesson_00, lesson_01, lesson_02, lesson_03, lesson_04, lesson_05  # noqa: F401
 from demo_lib.exercises.judging import EXERCISES, check, check_all
 from demo_lib.exercises.quiz import quiz
 from demo_lib.exercises.words import hint, solution

@@ -8,9 +8,11 @@ from functools import cached_property
 from demo_lib.store import own_name
 
 import mlflow
+import yaml
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import LoggedModel, Metric, Run, ViewType
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import Model, ModelSignature
 
 EXPERIMENT = "exercises"
 PARENT = "mlflow.parentRunId"
@@ -90,12 +92,34 @@ class Evidence:
         outputs = run.outputs.model_outputs if run and run.outputs else []
         return next((each.step for each in outputs if each.model_id == model.model_id), None)
 
+    def signature(self, model: LoggedModel) -> ModelSignature | None:
+        """Return what the model's file says that it takes and returns, None if nothing; none of its code runs."""
+        with suppress(MlflowException, OSError):  # there is no such file
+            text = mlflow.artifacts.load_text(f"{model.artifact_location}/MLmodel")
+            return Model.from_dict(yaml.safe_load(text)).signature
+        return None
+
     def versions(self, number: str) -> list[ModelVersion]:
         """Return the registered versions tagged as attempts whose model a run of `exercises` made, the latest first."""
         own = {run.info.run_id for run in self.runs}
         found = self.client.search_model_versions(f"tags.exercise = '{number}'", max_results=1000)
         found = [version for version in found if version.run_id in own]
         return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        """Return the version's number by alias of the registered model."""
+        found = self.client.get_registered_model(name).aliases
+        return {alias: str(number) for alias, number in found.items()}
+
+    def version(self, name: str, number: str | None) -> ModelVersion | None:
+        """Return the registered version, None if it is not there."""
+        with suppress(MlflowException):
+            return self.client.get_model_version(name, number) if number else None
+        return None
+
+    def model_of(self, version: ModelVersion) -> LoggedModel | None:
+        """Return the whole model of the experiment `exercises` that the version points to."""
+        return next((each for each in self._models if version.source == f"models:/{each.model_id}"), None)
 
 
 def of_this_login() -> Evidence:
