@@ -106,6 +106,13 @@ class Evidence:
         found = [version for version in found if version.run_id in own]
         return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
 
+    def untagged_version(self) -> ModelVersion | None:
+        """Return the person's latest version that neither an exercise nor its setup has tagged."""
+        own = {run.info.run_id for run in self.runs}
+        found = self.client.search_model_versions(order_by=["creation_timestamp DESC"], max_results=1000) if own else []
+        tags = {"exercise", "setup"}
+        return next((each for each in found if each.run_id in own and not tags & each.tags.keys()), None)
+
     def aliases(self, name: str) -> dict[str, str]:
         """Return the version's number by alias of the registered model."""
         found = self.client.get_registered_model(name).aliases

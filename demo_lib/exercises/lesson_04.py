@@ -1,5 +1,7 @@
 """What the exercises of lesson 04 expect: a model for its users, and the checkpoint to keep."""
 
+import math
+
 from demo_lib.exercises.evidence import Evidence
 from demo_lib.exercises.judging import Expectations, counted, exercise, finished, listed, named
 from demo_lib.exercises.quiz import Question, question
@@ -100,7 +102,7 @@ def the_lowest_loss(run: Run, evidence: Evidence) -> Expectations:
             f"{len(without)} of the 6 models of {named(run)} have no `{metric}`: {listed(f'`{n}`' for n in without)}."
             f"{alone}",
         )
-    losses = {model_id: metrics["val_loss"] for model_id, metrics in own.items()}
+    losses = {each: math.inf if math.isnan(own[each]["val_loss"]) else own[each]["val_loss"] for each in own}
     yield (
         len(set(losses.values())) > 1,
         f"all 6 models of {named(run)} have the same `val_loss`: score each network as it is at its checkpoint.",

@@ -91,10 +91,10 @@ def roll_back(version: ModelVersion, evidence: Evidence) -> Expectations:
         "rolled_back" in tags,
         f"{who} has no tag `rolled_back`{blamed_good}: without it, `promote` would take the blamed version again.",
     )
+    decided = f"`decision = {tags['decision'][:20]}`, from before" if "decision" in tags else "no tag `decision`"
     yield (
         tags.get("decision") == "refused",
-        f"{who} has `decision = {tags.get('decision', '')[:20]}`, from before the rollback: ask `promote` about it "
-        "once more, and see that it is refused.",
+        f"{who} has the tag `rolled_back`, but {decided}: ask `promote` about it now, and see that it is refused.",
     )
     reason = tags.get("reason", "")
     yield (

@@ -89,10 +89,10 @@ def promoted_tomorrow():
     champion(version.name, version)
 
 
-def blamed(**tags):
+def blamed():
     """Register a former champion, which has the alias `previous`, and the champion that users complain about."""
     name = new_name()
-    good, bad = register(name), register(name, exercise=BACK, **ONCE | tags)
+    good, bad = register(name), register(name, exercise=BACK)
     champion(name, good, "previous")
     champion(name, bad)
     return good, bad
@@ -120,7 +120,7 @@ def the_tag_on_the_good_one():
     tag(good, rolled_back="users complained")
 
 
-@wrong("05.2", r"has `decision = promoted`, from before the rollback: ask `promote` about it once more")
+@wrong("05.2", r"has the tag `rolled_back`, but no tag `decision`: ask `promote` about it now")
 def promote_not_asked_again():
     good, bad = blamed()
     champion(good.name, good)
@@ -131,7 +131,7 @@ def promote_not_asked_again():
 def promote_asked_before_the_tag():
     good, bad = blamed()
     champion(good.name, good)
-    tag(bad, decision="refused", rolled_back="users complained")
+    tag(bad, decision="refused", reason=WHY, rolled_back="users complained")
 
 
 @wrong("05.2", r"version 1 of .* is the champion, and no other version is left: was the blamed one deleted")
