@@ -38,9 +38,9 @@ def past_the_gate(version: ModelVersion, evidence: Evidence) -> Expectations:
         " around the network: `model_uri` of what `train_classifier` returns.",
     )
     yield not undecided, f"{who} has no tag `decision`: nobody asked `promote` about it."
-    run, number = evidence.run(version.run_id), tags.get("champion_version", "")
+    number, of_id = tags.get("champion_version", ""), {run.info.run_id: run for run in evidence.runs}
     former = evidence.version(version.name, number)
-    before = evidence.run(former.run_id) if former else None
+    run, before = of_id.get(version.run_id), of_id.get(former.run_id) if former else None
     sizes = f"it was trained on {_images(run):,} images, version {number} on {_images(before):,}"
     yield (
         tags["decision"] == "promoted",
@@ -85,7 +85,7 @@ def roll_back(version: ModelVersion, evidence: Evidence) -> Expectations:
         champion is not None,
         f"no version of `{version.name}` is the champion now: set the alias on the one before, don't delete it.",
     )
-    good = evidence.version(version.name, champion)
+    good = None if "rolled_back" in tags else evidence.version(version.name, champion)
     blamed_good = f", but version {champion}, the good one, has it" if good and "rolled_back" in good.tags else ""
     yield (
         "rolled_back" in tags,
@@ -112,14 +112,10 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
     """Judge the champion's version, which is to say where it comes from."""
     tags, who, run = version.tags, named(version), evidence.run(version.run_id)
     champion = evidence.aliases(version.name).get("champion")
-    newest = (
-        " It is the newest one."
-        if all(int(each.version) < int(version.version) for each in _others(version, evidence))
-        else ""
-    )
+    newer = " It is newer, which is another question." if int(version.version) > int(champion or 0) else ""
     yield (
         champion == str(version.version),
-        f"{who} is not the champion, which is version {champion}.{newest} Ask for the version that has the alias.",
+        f"{who} is not the champion, which is version {champion}.{newer} Ask for the version that has the alias.",
     )
     yield run is not None, f"the run of {who} is deleted: restore it in the MLflow UI."
     asked = ("trace_run", "trace_commit", "trace_data")
@@ -134,7 +130,7 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
         kind = "the run's name, which another run may have, too"
     yield given == run.info.run_id, f"{who} has `trace_run = {given[:40]}`: that is {kind}."
     given, commit = tags["trace_commit"], run.data.tags.get(COMMIT, "unknown")
-    kind = "its first digits only: keep them all" if given and commit.startswith(given) else f"not the tag `{COMMIT}`"
+    kind = "the beginning only: keep all of it" if given and commit.startswith(given) else f"not the tag `{COMMIT}`"
     yield given == commit, f"{who} has `trace_commit = {given[:40]}`, and its run `{commit[:40]}`: that is {kind}."
     given, digest = tags["trace_data"], run.data.tags.get("data_digest", "unknown")
     datasets = run.inputs.dataset_inputs if run.inputs else []

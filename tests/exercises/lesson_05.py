@@ -31,7 +31,7 @@ def register(name, images=1_000, model="classifier", **tags):
         mlflow.log_param("train_images", images)
         logged = log_model(model)
     source = f"models:/{logged.model_id}"
-    return mlflow.MlflowClient().create_model_version(name, source, run.info.run_id, tags=tags)
+    return mlflow.MlflowClient().create_model_version(name, source, run.info.run_id, tags, model_id=logged.model_id)
 
 
 def champion(name, version, alias="champion"):
@@ -169,7 +169,7 @@ def traced(newest=False, **wrong_tags):
     return version
 
 
-@wrong("05.3", r"version 2 of .* is not the champion, which is version 1\. It is the newest one")
+@wrong("05.3", r"version 2 of .* is not the champion, which is version 1\. It is newer")
 def the_newest_version():
     traced(newest=True)
 
@@ -180,7 +180,7 @@ def the_model_instead_of_the_run():
     tag(version, trace_run=version.source.removeprefix("models:/"))
 
 
-@wrong("05.3", r"has `trace_commit = c0ffeec0ff`, and its run `c0ffee.*its first digits only")
+@wrong("05.3", r"has `trace_commit = c0ffeec0ff`, and its run `c0ffee.*the beginning only")
 def a_short_commit():
     traced(trace_commit="c0ffeec0ff")
 
