@@ -8,7 +8,6 @@ from demo_lib.exercises.judging import Expectations, counted, exercise, listed, 
 from demo_lib.exercises.quiz import Question, question
 
 from mlflow.entities import LoggedModel, Run
-from mlflow.models import get_model_info
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 CHILDREN, PARAMS, STEPS = 4, 2, 3
@@ -34,7 +33,7 @@ def a_training_of_your_own(run: Run, evidence: Evidence) -> Expectations:
         _data(run, children),
         _origin(children),
         _winner(run, winner, children, evidence),
-        _model(models),
+        _model(models, evidence),
         _test_score(family, models, evidence),
         _figure(run, evidence),
         _version(family, models, evidence),
@@ -151,13 +150,11 @@ def _winner(run: Run, winner: Run | None, children: list[Run], evidence: Evidenc
     )
 
 
-def _model(models: list[LoggedModel]) -> Point:
+def _model(models: list[LoggedModel], evidence: Evidence) -> Point:
     found = "no model" if not models else ""
     met = False
     for model in models:
-        try:  # reads the model's description, and loads no model
-            about = get_model_info(f"models:/{model.model_id}")
-        except Exception:  # it can hold anything, and the other points still count
+        if (about := evidence.description(model)) is None:
             found = found or f"`{model.name}`, whose description can't be read"
             continue
         parts = {"signature": about.signature is not None, "input example": bool(about.saved_input_example_info)}

@@ -8,9 +8,11 @@ from functools import cached_property
 from demo_lib.store import own_name
 
 import mlflow
+import yaml
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import FileInfo, LoggedModel, Metric, Run, Trace, ViewType
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import Model
 
 EXPERIMENT = "exercises"
 PARENT = "mlflow.parentRunId"
@@ -106,6 +108,13 @@ class Evidence:
         outputs = run.outputs.model_outputs if run and run.outputs else []
         return next((each.step for each in outputs if each.model_id == model.model_id), None)
 
+    def description(self, model: LoggedModel) -> Model | None:
+        """Return what the model's file MLmodel says of it, None without a readable one; none of its code runs."""
+        with suppress(Exception):  # it can hold anything
+            text = mlflow.artifacts.load_text(f"{model.artifact_location}/MLmodel")
+            return Model.from_dict(yaml.safe_load(text))
+        return None
+
     def versions(self, number: str) -> list[ModelVersion]:
         """Return the registered versions tagged as attempts whose model a run of `exercises` made, the latest first."""
         own = {run.info.run_id for run in self.runs}
@@ -146,6 +155,23 @@ class Evidence:
         flush, self._flushed = wait and not self._flushed, self._flushed or wait  # it takes seconds after a trace
         place = [run.info.experiment_id]
         return self.client.search_traces(locations=place, run_id=run.info.run_id, max_results=100, flush=flush)
+
+    def untagged_version(self) -> ModelVersion | None:
+        """Return the person's latest version that neither an exercise nor its setup has tagged."""
+        own = {run.info.run_id for run in self.runs}
+        found = self.client.search_model_versions(order_by=["creation_timestamp DESC"], max_results=1000) if own else []
+        tags = {"exercise", "setup"}
+        return next((each for each in found if each.run_id in own and not tags & each.tags.keys()), None)
+
+    def version(self, name: str, number: str | None) -> ModelVersion | None:
+        """Return the registered version, None if it is not there."""
+        with suppress(MlflowException):
+            return self.client.get_model_version(name, number) if number else None
+        return None
+
+    def model_of(self, version: ModelVersion) -> LoggedModel | None:
+        """Return the whole model of the experiment `exercises` that the version points to."""
+        return next((each for each in self._models if version.source == f"models:/{each.model_id}"), None)
 
 
 def model_id(version: ModelVersion) -> str:

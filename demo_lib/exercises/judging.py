@@ -211,6 +211,10 @@ def _start(attempt: Any) -> int:
     return attempt.info.start_time if isinstance(attempt, Run) else attempt.creation_timestamp
 
 
+def _is_fresh(attempt: Any) -> bool:
+    return _start(attempt) > 1000 * time.time() - RECENT
+
+
 def _link(attempt: Any) -> Link | None:
     attempt = _first_run(attempt)
     if isinstance(attempt, ModelVersion):
@@ -261,6 +265,10 @@ def _near_misses(exercise: Exercise, evidence: Evidence) -> Iterable[str]:
     number, place = exercise.number, evidence.place(EXPERIMENT)
     if exercise.attempts is Evidence.versions and (runs := evidence.tagged(number)):
         yield f"But {named(runs[0])} has it: here the registered version needs the tag."
+    if exercise.attempts is Evidence.versions and (version := evidence.untagged_version()) and _is_fresh(version):
+        call = f'set_model_version_tag("{version.name}", "{version.version}", "exercise", "{number}")'
+        todo = f"set it with `mlflow.MlflowClient().{call}`"
+        yield f"But {named(version)} is new and has no tag `exercise`: if it is your attempt, {todo}."
     if place is None:
         there = sqlite_file(tracking_uri()) is None or sqlite_file(tracking_uri()).exists()
         if there and mlflow.MlflowClient().get_experiment_by_name(own_name(EXPERIMENT)):
@@ -284,8 +292,7 @@ def _near_misses(exercise: Exercise, evidence: Evidence) -> Iterable[str]:
                 *map(int, number.split("."))
             ]:
                 yield f"But {named(run)} has the tag `{tag} = {value}`: write it as `exercise = {number}`."
-    for run in evidence.runs:
-        fresh = run.info.start_time > 1000 * time.time() - RECENT
-        if fresh and not {"exercise", "setup", "mlflow.parentRunId"} & run.data.tags.keys():
+    for run in [] if exercise.attempts is Evidence.versions else evidence.runs:
+        if _is_fresh(run) and not {"exercise", "setup", "mlflow.parentRunId"} & run.data.tags.keys():
             todo = f'set it with `mlflow.MlflowClient().set_tag("{run.info.run_id}", "exercise", "{number}")`'
             yield f"But {named(run)} began lately and has no tag `exercise`: if it is your attempt, {todo}."
