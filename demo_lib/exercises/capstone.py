@@ -78,7 +78,7 @@ def _histories(children: list[Run], evidence: Evidence) -> Point:
     short = [
         child for child in children if not any(_is_history(child, metric, evidence) for metric in _validation(child))
     ]
-    found = f"{counted(len(children) - len(short), 'child', 'children')} of {len(children)} have one"
+    found = f"{len(children) - len(short)} of {counted(len(children), 'child', 'children')}"
     if short:
         steps = {
             name: len({point.step for point in evidence.history(short[0], name)}) for name in _validation(short[0])
@@ -96,7 +96,7 @@ def _has_data(run: Run) -> bool:
 def _data(run: Run, children: list[Run]) -> Point:
     have = [child for child in children if _has_data(child)]
     met = _has_data(run) or (bool(children) and len(have) == len(children))
-    found = "the parent has one" if _has_data(run) else f"{len(have)} of {len(children)} children have one"
+    found = "the parent has one" if _has_data(run) else f"{len(have)} of {counted(len(children), 'child', 'children')}"
     return met, f"Data: the parent or each child has a dataset as input, by `mlflow.log_input`. Found: {found}."
 
 
@@ -108,7 +108,7 @@ def _origin(children: list[Run]) -> Point:
     met = bool(children) and len(have) == len(children)
     return met, (
         "Origin: each child has a commit (tag `mlflow.source.git.commit`) or a `seed`, as parameter or tag. "
-        f"Found: {len(have)} of {len(children)} have."
+        f"Found: {len(have)} of {counted(len(children), 'child', 'children')}."
     )
 
 

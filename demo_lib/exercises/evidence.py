@@ -79,7 +79,7 @@ class Evidence:
         """Return the run with all that belongs to it, None if there is none of this id that is not deleted."""
         if run_id not in self._runs:
             self._runs[run_id] = None
-            with suppress(MlflowException):  # also for an id that is none, and another person's run
+            with suppress(MlflowException, TypeError):  # also for an id that is none, and another person's run
                 found = self.client.get_run(run_id)
                 self._runs[run_id] = found if found.info.lifecycle_stage == "active" else None
         return self._runs[run_id]

@@ -130,9 +130,14 @@ def the_same_to_the_bit(run: Run, evidence: Evidence) -> Expectations:
 @question("07")
 def _own_source(evidence: Evidence) -> Question:
     """Ask about the learner's own run from a git address."""
-    run = next((each for each in evidence.tagged("07.1") if _is_project(each)), None)
-    tags = run.data.tags if run else {}
-    commit, name = tags.get(MLFLOW_GIT_COMMIT, "")[:8] or "4f2a91c0", run.info.run_name if run else "committed"
+    clean = [
+        each
+        for each in evidence.tagged("07.1")
+        if _is_project(each) and each.data.tags.get(MLFLOW_GIT_COMMIT) and each.data.tags.get("git_dirty") == "false"
+    ]
+    name, commit = "committed", "4f2a91c0"
+    if clean:
+        name, commit = clean[0].info.run_name, clean[0].data.tags[MLFLOW_GIT_COMMIT][:8]
     return Question(
         f"Run `{name}` has commit {commit} and `git_dirty = false`. What does that say?",
         "it ran the files of that commit, unchanged",
