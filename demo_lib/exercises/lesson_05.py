@@ -42,10 +42,11 @@ def past_the_gate(version: ModelVersion, evidence: Evidence) -> Expectations:
     former = evidence.version(version.name, number)
     run, before = of_id.get(version.run_id), of_id.get(former.run_id) if former else None
     sizes = f"it was trained on {_images(run):,} images, version {number} on {_images(before):,}"
+    few = not 0 < 2 * _images(before) <= _images(run)
     yield (
         tags["decision"] == "promoted",
-        f"{who} has `decision = {tags['decision'][:20]}`: {tags.get('reason', 'without a reason')[:160]}. And {sizes}."
-        " Twice as many are asked for.",
+        f"{who} has `decision = {tags['decision'][:20]}`: {tags.get('reason', 'without a reason')[:160]}."
+        + (f" And {sizes}: twice as many are asked for." if few else ""),
     )
     yield (
         bool(number),
@@ -57,8 +58,9 @@ def past_the_gate(version: ModelVersion, evidence: Evidence) -> Expectations:
         "the setup cell, and promote a new one.",
     )
     yield (
-        0 < 2 * _images(before) <= _images(run),
-        f"{who} was promoted, but {sizes}: twice as many are asked for.",
+        not few,
+        f"{who} was promoted, but {sizes}: twice as many are asked for. Set the alias `champion` on version {number} "
+        "again, then promote a new one.",
     )
     return (
         f"{who} was promoted past version {number}, with {_images(run):,} images against {_images(before):,}. Its tags "

@@ -61,7 +61,7 @@ def the_network_registered():
     candidate(model="best_model")
 
 
-@wrong("05.1", r"has `decision = refused`: .*it was trained on 1,000 images, version 1 on 1,000\. Twice")
+@wrong("05.1", r"has `decision = refused`: .*it was trained on 1,000 images, version 1 on 1,000: twice as many")
 def the_old_configuration():
     candidate(1_000, **ONCE | {"decision": "refused"})
 
