@@ -67,7 +67,7 @@ def hunt(seed: int, faults: int = FEWEST) -> Hunt:
     made = any(each.name not in runs or _unended(runs[each.name], each) for each in planned)
     if made:
         now = int(1000 * time.time())
-        tags = {"hunt": str(seed), "hunt_faults": str(faults)}
+        tags = {"hunt": str(seed), "hunt_faults": str(faults), "hunt_made": str(now)}
         for each in planned:
             known = runs.get(each.name)
             if known is None or known.info.status == "RUNNING":

@@ -208,7 +208,10 @@ def _first_run(attempt: Any) -> Any:
 
 def _start(attempt: Any) -> int:
     attempt = attempt[-1] if isinstance(attempt, list) else attempt
-    return attempt.info.start_time if isinstance(attempt, Run) else attempt.creation_timestamp
+    if isinstance(attempt, ModelVersion):
+        return attempt.creation_timestamp
+    made = attempt.data.tags.get("hunt_made", "")  # a hunt's runs lie in the past
+    return int(made) if made.isdecimal() else attempt.info.start_time
 
 
 def _is_fresh(attempt: Any) -> bool:

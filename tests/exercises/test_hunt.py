@@ -306,7 +306,7 @@ def test_a_run_that_was_deleted_is_missed_and_made_again(home):
     MlflowClient().delete_run(run.info.run_id)
     reply = check("03.3")
     assert reply.answer == "not yet"
-    assert f"the hunt with seed 30 lacks 1 run, as `{run.info.run_name}`: restore" in reply.text
+    assert f"The hunt with seed 30 lacks 1 run, as `{run.info.run_name}`: restore" in reply.text
     assert hunt(30).made
     assert check("03.3").answer == "passed"
 
