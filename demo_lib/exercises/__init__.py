@@ -1,8 +1,8 @@
 """Exercises whose answers are judged by what lies in the store; this wing calls the core.
 
 `evidence` reads the store, `judging` makes a reply of it, `words` has hints and solutions, `quiz` three questions a
-lesson. `lesson_NN` says what the exercises of a lesson expect, `capstone` what the last one does. `hunts` makes runs with
-faults to find, and `faults` says which.
+lesson. `lesson_NN` says what the exercises of a lesson expect, `capstone` what the last one does. `hunts` makes runs
+with faults to find, and `faults` says which.
 """
 
 from demo_lib.exercises import (  # noqa: F401

@@ -247,7 +247,7 @@ def everything(seed):
     runs = mlflow.search_runs([place], f"tags.hunt = '{seed}'", output_format="list")
     names = {run.info.run_id: run.info.run_name for run in runs}
     for run in runs:
-        info, tags = run.info, run.data.tags
+        info, tags = run.info, {**run.data.tags, "hunt_made": "some time"}
         tags["mlflow.parentRunId"] = names.get(tags.get("mlflow.parentRunId"))
         points = {
             name: [
