@@ -205,14 +205,19 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace) -> int:
     from demo_lib.exercises import EXERCISES, check_all
+    from demo_lib.exercises.judging import find
 
+    lessons = {number[:2] for number in EXERCISES}
     for each in given.wanted:
-        if not any(each in (number, number[:2]) for number in EXERCISES):
-            raise DemoError(f"there is no exercise {each!r}; there are {', '.join(EXERCISES)}.")
+        if each not in lessons:
+            find(each)
     numbers = [number for number in EXERCISES if not given.wanted or {number, number[:2]} & {*given.wanted}]
     replies = check_all(numbers)
     print(*(f"{each.number}  {each.answer:13}  {each.title}" for each in replies), sep="\n")
-    print("", *replies, sep="\n\n")
+    shown = [each for each in replies if given.wanted or each.answer != "not attempted"]
+    print(*(f"\n{each}" for each in shown), sep="\n")
+    if len(shown) < len(replies):
+        print(f"\n`{PYTHON} -m demo_lib check 02` says where it looks for attempts at the exercises of lesson 02.")
     return 0 if all(each.answer == "passed" for each in replies) else 1
 
 

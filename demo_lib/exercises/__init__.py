@@ -31,8 +31,7 @@ for _number in sorted(EXERCISES):  # modules are imported in another order
 
 
 def progress() -> pd.DataFrame:
-    """Return a table of all exercises: number, title, and whether it is passed, open or not begun."""
-    states = {"passed": "passed", "not yet": "open", "not attempted": "not begun", "can't tell": "can't tell"}
+    """Return a table of all exercises: number, title and the answer of `check`."""
     replies = check_all(EXERCISES)
-    rows = [{"exercise": each.number, "task": each.title, "state": states[each.answer]} for each in replies]
+    rows = [{"exercise": each.number, "task": each.title, "answer": each.answer} for each in replies]
     return pd.DataFrame(rows).set_index("exercise")

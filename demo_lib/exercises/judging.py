@@ -1,11 +1,13 @@
 """How an attempt is judged: exercises, what they expect, the four answers and how they are shown."""
 
+import difflib
 import html
 import re
 import textwrap
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from demo_lib.config import DemoError, sqlite_file, tracking_uri, without_login
@@ -80,7 +82,7 @@ class Reply:
         mark = {"passed": "[x]", "not yet": "[~]", "not attempted": "[ ]", "can't tell": "[?]"}[self.answer]
         lines = [f"{mark} {self.number} {self.answer}: {self.text}"]
         lines += [f"{'[x]' if met else '[ ]'} {text}" for met, text in self.points]
-        wrapped = [textwrap.fill(line, 96, subsequent_indent="    ", break_long_words=False) for line in lines]
+        wrapped = [_wrapped(line) for line in lines]
         return "\n".join([*wrapped, *([f"    {self.link}"] if self.link else [])])
 
     def _repr_html_(self) -> str:
@@ -103,6 +105,13 @@ class Reply:
         )
 
 
+def _wrapped(text: str) -> str:
+    """Return the text in lines of a terminal's width; code, between backticks, stays on one line."""
+    whole = re.sub("`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
+    options = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(whole, 96, **options).replace("\0", " ")
+
+
 def _code(text: str) -> str:
     """Return the text as HTML, what stands between backticks as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
@@ -111,7 +120,9 @@ def _code(text: str) -> str:
 def find(number: str) -> Exercise:
     """Return the exercise; an unknown number is a DemoError."""
     if number not in EXERCISES:
-        raise DemoError(f"there is no exercise {number!r}; there are {', '.join(EXERCISES)}.")
+        near = difflib.get_close_matches(str(number), EXERCISES, 1)
+        meant = f": do you mean {near[0]!r}? There" if near else "; there"
+        raise DemoError(f"there is no exercise {number!r}{meant} are {', '.join(EXERCISES)}.")
     return EXERCISES[number]
 
 
@@ -125,12 +136,15 @@ def check(number: str) -> Reply:
 
 
 def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[Reply]:
-    """Judge several exercises by one reading of the store; errors are those of `check`."""
+    """Judge several exercises by one reading of the store; errors are those of `check`.
+
+    With somebody else's evidence, who did not attempt an exercise is told nothing of attempts that were misplaced.
+    """
     exercises = [find(number) for number in numbers]
+    asker = evidence is None
     try:
-        if evidence is None:
-            evidence = open_evidence()
-        return [_reply(each, evidence) for each in exercises]
+        evidence = open_evidence() if asker else evidence
+        return [_reply(each, evidence, asker, asker and len(exercises) == 1) for each in exercises]
     except (DemoError, *NOT_THERE) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         text = f"The store can't be read: {reason}. What you have done is not lost; check again when the store answers."
@@ -160,24 +174,25 @@ class _Verdict:
         return sum(ok for ok, _ in self.points)
 
 
-def _reply(exercise: Exercise, evidence: Evidence) -> Reply:
+def _reply(exercise: Exercise, evidence: Evidence, asker: bool, alone: bool) -> Reply:
     attempts = exercise.attempts(evidence, exercise.number)
     about = {"number": exercise.number, "title": exercise.title}
     if not attempts:
-        text = exercise.missing(evidence) if exercise.missing else _where_it_looked(exercise, evidence)
-        return Reply(**about, answer="not attempted", text=text)
+        missing = exercise.missing or partial(_where_it_looked, exercise, alone)
+        return Reply(**about, answer="not attempted", text=_sentence(missing(evidence)) if asker else "")
     verdicts = [_judge(exercise.judge(each, evidence), each, exercise.rubric) for each in attempts]
     closest = max(verdicts, key=lambda verdict: (verdict.passed, verdict.met))  # of equals the first, so the latest
     good = [verdict.attempt for verdict in verdicts if verdict.passed]
     if exercise.together and good:
         all_good = _judge(exercise.together(good, evidence), closest.attempt, False)
         if not all_good.passed and len(good) < len(verdicts):
-            missed = max((each for each in verdicts if not each.passed), key=lambda verdict: verdict.met)
+            missed = next(each for each in verdicts if not each.passed)
             all_good = _Verdict(missed.attempt, False, f"{all_good.text} Not counted: {missed.text}", [])
         closest = all_good
-    text = closest.text[:1].upper() + closest.text[1:]
+    text = _sentence(closest.text)
     if not closest.passed and not exercise.together and len(verdicts) > 1:
-        text = f"Of {len(verdicts)} attempts this is the closest. {text}"
+        latest = "" if closest is verdicts[0] or exercise.rubric else f" Your latest attempt: {verdicts[0].text}"
+        text = f"Of {len(verdicts)} attempts this is the closest. {text}{latest}"
     points = closest.points if exercise.rubric and not closest.passed else []
     started = [_start(each) for each in attempts]
     answer: Answer = "passed" if closest.passed else "not yet"
@@ -200,6 +215,10 @@ def _judge(expectations: Expectations, attempt: Any, rubric: bool) -> _Verdict:
     except Exception as error:  # an attempt can hold anything: it is no reason to fail
         text = f"{named(attempt)} has something that can't be read ({type(error).__name__}: {error})."
         return _Verdict(attempt, False, text, [*points, (False, text)])
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _first_run(attempt: Any) -> Any:
@@ -256,15 +275,18 @@ def finished(run: Run) -> tuple[bool, str]:
     return run.info.status == "FINISHED", f"{named(run)} is {run.info.status}: {why}."
 
 
-def _where_it_looked(exercise: Exercise, evidence: Evidence) -> str:
+def _where_it_looked(exercise: Exercise, alone: bool, evidence: Evidence) -> str:
     """Say where attempts were looked for, and what looks like one that was misplaced."""
     number, name = exercise.number, own_name(EXPERIMENT)
-    thing = "version" if exercise.attempts is Evidence.versions else "run"
-    looked = f"No {thing} in the experiment `{name}` of {without_login(tracking_uri())} has the tag"
-    return " ".join([f"{looked} `exercise = {number}`.", *_near_misses(exercise, evidence)][:2])
+    place = f"the experiment `{name}` of {without_login(tracking_uri())}"
+    thing = f"run in {place}"
+    if exercise.attempts is Evidence.versions:
+        thing = f"registered version of a model that a run in {place} made"
+    near = next(_near_misses(exercise, evidence, alone), "")
+    return f"no {thing} has the tag `exercise = {number}`. {near}".rstrip()
 
 
-def _near_misses(exercise: Exercise, evidence: Evidence) -> Iterable[str]:
+def _near_misses(exercise: Exercise, evidence: Evidence, alone: bool) -> Iterator[str]:
     number, place = exercise.number, evidence.place(EXPERIMENT)
     if exercise.attempts is Evidence.versions and (runs := evidence.tagged(number)):
         yield f"But {named(runs[0])} has it: here the registered version needs the tag."
@@ -295,7 +317,8 @@ def _near_misses(exercise: Exercise, evidence: Evidence) -> Iterable[str]:
                 *map(int, number.split("."))
             ]:
                 yield f"But {named(run)} has the tag `{tag} = {value}`: write it as `exercise = {number}`."
-    for run in [] if exercise.attempts is Evidence.versions else evidence.runs:
+    # Only one exercise was asked for: of several, a new run can be an attempt at one at most.
+    for run in evidence.runs if alone and exercise.attempts is not Evidence.versions else []:
         if _is_fresh(run) and not {"exercise", "setup", "mlflow.parentRunId"} & run.data.tags.keys():
             todo = f'set it with `mlflow.MlflowClient().set_tag("{run.info.run_id}", "exercise", "{number}")`'
             yield f"But {named(run)} began lately and has no tag `exercise`: if it is your attempt, {todo}."

@@ -12,7 +12,11 @@ def a_loop_by_step(run: Run, evidence: Evidence) -> Expectations:
     """Judge a run with a validation loss for each of three epochs."""
     yield finished(run)
     given = run.data.params.get("steps_per_epoch", "")
-    yield given.isdecimal() and int(given) > 1, f"{named(run)} has no whole number in the parameter `steps_per_epoch`."
+    kind = ", but a metric of that name" if "steps_per_epoch" in run.data.metrics else ""
+    yield (
+        given.isdecimal() and int(given) > 1,
+        f"{named(run)} has no whole number in the parameter `steps_per_epoch`{kind}.",
+    )
     per_epoch, points = int(given), evidence.history(run, "val_loss")
     steps = [point.step for point in points]
     yield (
@@ -38,6 +42,12 @@ def a_loop_by_step(run: Run, evidence: Evidence) -> Expectations:
         steps == expected,
         f"{named(run)} has `val_loss` at steps {listed(steps)}; with {per_epoch} steps in an epoch they are "
         f"{listed(expected)}.",
+    )
+    losses = [point.value for point in points]
+    yield (
+        losses[-1] < losses[0],
+        f"{named(run)} has `val_loss` {listed(losses)}: it does not fall, nothing was learnt. `train_epoch()` "
+        "trains only while a loop takes its values.",
     )
     return (
         f"Three losses at steps {listed(steps)}, from {points[0].value:.3f} to {points[-1].value:.3f}. With the same "
@@ -79,8 +89,13 @@ def the_best_model(run: Run, evidence: Evidence) -> Expectations:
         f"the model `{good[0].name}` of {named(run)} has no `test_accuracy`; it is {where}. Log it with `model_id`, so "
         "that it is the model's.",
     )
+    score = {metric.key: metric.value for metric in scored[0].metrics}["test_accuracy"]
+    yield (
+        score != highest,
+        f"{named(run)} has the same `test_accuracy` and `val_accuracy`, {score:.4f}: score the test images.",
+    )
     return (
-        f"The model `{scored[0].name}` stands at step {best[0]}, where `val_accuracy` is highest, and its test score "
+        f"The model `{scored[0].name}` is at step {best[0]}, where `val_accuracy` is highest, and its test score "
         "is its own. In the UI, the experiment's page Models lists it with both."
     )
 
@@ -112,7 +127,7 @@ def two_bad_ends(run: Run, evidence: Evidence) -> Expectations:
     yield (
         "error" in tags,
         f"{named(run)} is {status} without a tag `error`: `with mlflow.start_run(...), truthful_status():` sets it, "
-        "and tells an interruption from a failure.",
+        "and ends an interrupted run KILLED.",
     )
     return f"{named(run)} is {status}: {tags['error']}"
 
@@ -121,7 +136,8 @@ def two_bad_ends(run: Run, evidence: Evidence) -> Expectations:
 def _lowest_loss(evidence: Evidence) -> Question:
     """Ask about the learner's own runs, if three of them have a loss."""
     losses = {}
-    for run in evidence.runs_of("01_track_a_run") + evidence.runs:
+    tried = [run for run in evidence.runs if run.data.tags.get("exercise", "").startswith("01")]
+    for run in evidence.runs_of("01_track_a_run") + tried:
         if "val_loss" in run.data.metrics and run.info.status == "FINISHED":
             losses.setdefault(run.data.metrics["val_loss"], f"`{run.info.run_name}` ({run.info.run_id[:6]})")
     if len(losses) < 3:

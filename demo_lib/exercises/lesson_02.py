@@ -1,6 +1,7 @@
 """What the exercises of lesson 02 expect: families of runs, pruned and interrupted trials."""
 
 from collections import Counter
+from itertools import pairwise
 
 from demo_lib.exercises.evidence import PARENT, Evidence
 from demo_lib.exercises.judging import Expectations, counted, exercise, finished, listed, named
@@ -18,7 +19,6 @@ def _orphans(parent: Run, evidence: Evidence) -> list[Run]:
         if PARENT not in run.data.tags
         and run.info.run_id != parent.info.run_id
         and parent.info.start_time <= run.info.start_time <= end
-        and not evidence.children(run)
     ]
 
 
@@ -34,11 +34,16 @@ def six_trials(run: Run, evidence: Evidence) -> Expectations:
             f"{named(run)} is FAILED and has no children: `start_run` refuses a second open run unless it gets "
             "`nested=True`. In threads it needs `parent_run_id`, too.",
         )
-    lost = f", but {counted(len(orphans), 'run')} began meanwhile without a parent: `nested=True` does not know it in "
-    lost += "another thread, give `parent_run_id`" if orphans else ""
+    stray = [each for each in orphans if each.info.status == "RUNNING"]
+    yield (
+        not stray,
+        f"{stray and named(stray[0])} has no parent, began while {named(run)} was open, and is still RUNNING: "
+        "something was logged before `start_run`. Call `train` inside of the child's `with` block.",
+    )
     yield (
         bool(children) or not orphans,
-        f"{named(run)} has no children{lost}.",
+        f"{named(run)} has no children, but {counted(len(orphans), 'run')} without a parent began at the same time: in "
+        "another thread, `nested=True` does not find the parent. Give `start_run` its `parent_run_id`.",
     )
     yield (
         len(children) == 6,
@@ -61,9 +66,14 @@ def six_trials(run: Run, evidence: Evidence) -> Expectations:
             f"(steps {listed(steps)}).",
         )
         yield finished(child)
+    ends = sorted((child.info.start_time, child.info.end_time) for child in children)
+    yield (
+        any(start < end for (_, end), (start, _) in pairwise(ends)),
+        f"the children of {named(run)} ran one after the other: `n_jobs=2` lets two run at once.",
+    )
     return (
-        "Six trials under one parent, each with three accuracies. In the list of runs, unfold the parent and sort by "
-        "`val_accuracy`: did the two threads take turns?"
+        "Six trials under one parent, two at a time, each with three accuracies. In the list of runs, unfold the "
+        "parent: whose accuracy is the highest?"
     )
 
 
@@ -77,6 +87,15 @@ def name_the_winner(run: Run, evidence: Evidence) -> Expectations:
     )
     epochs = {child.info.run_id: len(evidence.history(child, "val_accuracy")) for child in children}
     longest = max(epochs.values())
+    steps = next(
+        [point.step for point in evidence.history(child, "val_accuracy")]
+        for child in children
+        if epochs[child.info.run_id] == longest
+    )
+    yield (
+        not steps or steps == [*range(1, longest + 1)],
+        f"the children of {named(run)} have `val_accuracy` at steps {listed(steps)}: the step is the epoch, from 1 on.",
+    )
     yield longest > 1, f"the children of {named(run)} have {longest} values of `val_accuracy`: log one each epoch."
     short = [child for child in children if epochs[child.info.run_id] < longest]
     yield bool(short), f"every child of {named(run)} has all {longest} epochs: no trial was pruned."
@@ -133,9 +152,13 @@ def interrupted_and_finished(run: Run, evidence: Evidence) -> Expectations:
         f"{named(run)} has trial {listed(twice)} twice: the study began anew. It goes on only if `create_study` gets "
         "the same `storage` and name, and `load_if_exists=True`.",
     )
-    parts = [
-        each for each in evidence.tagged("02.3") if each.info.run_id != run.info.run_id and evidence.children(each)
-    ]
+
+    def other_part(other: Run) -> bool:
+        """Whether the other run has trials, and none that this one has."""
+        found = {child.data.params.get("number") for child in evidence.children(other)}
+        return other.info.run_id != run.info.run_id and bool(found) and not found & {*numbers}
+
+    parts = [each for each in evidence.tagged("02.3") if other_part(each)]
     killed = [child for child in children if child.info.status == "KILLED"]
     done = [child for child in children if child.info.status == "FINISHED"]
     whole = bool(killed) and len(done) >= 5

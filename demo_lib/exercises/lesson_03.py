@@ -78,7 +78,7 @@ def a_shortlist(runs: list[Run], evidence: Evidence) -> Expectations:
     yield (
         not missing,
         f"{counted(len(missing), 'run')} of the shortlist {'has' if len(missing) == 1 else 'have'} no tag: "
-        f"{listed(f'{named(run)} ({_accuracy(run):.4g}, {_channels(run)} channels)' for run in missing[:3])}.",
+        f"{listed(f'one with {_accuracy(run):.4g} and {_channels(run)} channels' for run in missing[:3])}.",
     )
     return (
         f"Exactly the {len(runs)} of {len(children)} trials that were asked for. Type `tags.exercise = '03.1'` into "

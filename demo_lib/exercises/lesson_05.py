@@ -21,6 +21,15 @@ def _others(version: ModelVersion, evidence: Evidence) -> list[ModelVersion]:
     return [each for each in found if str(each.version) != str(version.version)]
 
 
+def _again(version: ModelVersion, evidence: Evidence) -> str:
+    """Say how the setup's version becomes the champion again."""
+    first = next((each for each in _others(version, evidence) if each.tags.get("setup") == "05.1"), None)
+    if first is None:
+        return "Run the setup cell again"
+    call = f'client.set_registered_model_alias(name, "champion", {first.version})'
+    return f"Give the alias back to the first version, by `{call}`"
+
+
 @exercise("05.1", "past the gate", attempts=Evidence.versions)
 def past_the_gate(version: ModelVersion, evidence: Evidence) -> Expectations:
     """Judge a version that is to be promoted for more images; where the alias is now does not matter."""
@@ -29,8 +38,8 @@ def past_the_gate(version: ModelVersion, evidence: Evidence) -> Expectations:
     is_champion = undecided and evidence.aliases(version.name).get("champion") == str(version.version)
     yield (
         not is_champion,
-        f"{who} is the champion, and has no tag `decision`: the alias was moved by hand. Let `promote` compare it with "
-        "the champion before. Move the alias back first.",
+        f"{who} is the champion, and has no tag `decision`: the alias was moved by hand. {_again(version, evidence)}, "
+        "and let `promote` decide about this one.",
     )
     yield (
         not undecided or model is None or model.name == "classifier",
@@ -59,8 +68,8 @@ def past_the_gate(version: ModelVersion, evidence: Evidence) -> Expectations:
     )
     yield (
         not few,
-        f"{who} was promoted, but {sizes}: twice as many are asked for. Set the alias `champion` on version {number} "
-        "again, then promote a new one.",
+        f"{who} was promoted, but {sizes}: twice as many are asked for. {_again(version, evidence)}, and let "
+        "`promote` decide about a version with twice the images of that one.",
     )
     return (
         f"{who} was promoted past version {number}, with {_images(run):,} images against {_images(before):,}. Its tags "
@@ -114,7 +123,11 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
     """Judge the champion's version, which is to say where it comes from."""
     tags, who, run = version.tags, named(version), evidence.run(version.run_id)
     champion = evidence.aliases(version.name).get("champion")
-    newer = " It is newer, which is another question." if int(version.version) > int(champion or 0) else ""
+    newer = (
+        " It is newer, but the newest version is not always the champion."
+        if int(version.version) > int(champion or 0)
+        else ""
+    )
     yield (
         champion == str(version.version),
         f"{who} is not the champion, which is version {champion}.{newer} Ask for the version that has the alias.",
@@ -132,7 +145,11 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
         kind = "the run's name, which another run may have, too"
     yield given == run.info.run_id, f"{who} has `trace_run = {given[:40]}`: that is {kind}."
     given, commit = tags["trace_commit"], run.data.tags.get(COMMIT, "unknown")
-    kind = "the beginning only: keep all of it" if given and commit.startswith(given) else f"not the tag `{COMMIT}`"
+    kind = (
+        "only the beginning, and the whole is asked for"
+        if given and commit.startswith(given)
+        else f"not the tag `{COMMIT}`"
+    )
     yield given == commit, f"{who} has `trace_commit = {given[:40]}`, and its run `{commit[:40]}`: that is {kind}."
     given, digest = tags["trace_data"], run.data.tags.get("data_digest", "unknown")
     datasets = run.inputs.dataset_inputs if run.inputs else []
@@ -144,7 +161,7 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
     )
     return (
         f"{who} now tells its run, commit and data, and all three are right. "
-        f"{counted(len(datasets), 'dataset')} of the run can be seen in the UI, too."
+        f"{counted(len(datasets), 'dataset')} of the run are also on its page in the UI."
     )
 
 

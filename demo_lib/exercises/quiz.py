@@ -68,7 +68,7 @@ def quiz(lesson: str, *answers: str) -> Words:
         asked = [ask(Evidence(lambda experiment: None)) for ask in QUESTIONS[lesson]]
     if len(answers) > len(asked):
         raise DemoError(f"there are {len(asked)} questions, and you gave {len(answers)} answers.")
-    letters = [answer.strip().lower() for answer in answers]
+    letters = [str(answer).strip().lower() for answer in answers]
     for each, letter in zip(asked, letters, strict=False):
         if letter not in [*LETTERS[: len(each.choices)]]:
             raise DemoError(

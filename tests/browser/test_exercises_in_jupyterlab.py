@@ -91,7 +91,7 @@ def test_a_participant_works_through_exercise_02_while_the_teacher_watches(lab, 
         wrong = code_of("02.1").replace(", parent_run_id=parent.info.run_id", "")
         type_into(page, empty_cell_before(page, 'check("02.1")'), wrong)
         said = reply(page, "02.1")
-        assert "02.1 not yet" in said and "has no children, but 6 runs began meanwhile" in said
+        assert "02.1 not yet" in said and "has no children, but 6 runs without a parent" in said
         wait_until(lambda: line("lea")[4] == "02.1,")
         for number in ("02.1", "02.2", "02.3"):
             type_into(page, empty_cell_before(page, f'check("{number}")'), code_of(number))

@@ -7,10 +7,10 @@ from tests.exercises.attempts import two_sittings, wrong
 ONE, TEN = {"exercise": "00.1"}, {"exercise": "00.2"}
 
 
-def seed_run(seed, mean=73.0):
+def seed_run(seed, mean=None):
     with mlflow.start_run(tags=ONE):
         mlflow.log_param("seed", seed)
-        mlflow.log_metric("mean_pixel", mean)
+        mlflow.log_metric("mean_pixel", 73 + seed / 10 if mean is None else mean)
 
 
 @wrong("00.1", r"is FAILED and has `seed = 0`: a parameter can't change")
@@ -39,10 +39,16 @@ def logged_without_with():
     mlflow.set_tag("exercise", "00.1")
 
 
-@wrong("00.1", r"`mean_pixel = 0\.286`: the mean of pixels from 0 to 255")
+@wrong("00.1", r"`mean_pixel = 0\.286`: the mean of all pixels, from 0 to 255")
 def pixels_divided_by_255():
     for seed in range(3):
         seed_run(seed, 0.286)
+
+
+@wrong("00.1", r"all seeds have `mean_pixel = 72\.9`: another seed draws other images")
+def the_seed_not_given_to_the_data():
+    for seed in range(3):
+        seed_run(seed, 72.9)
 
 
 @wrong("00.1", r"good run for seed 0 and 1, none for 2")
@@ -88,6 +94,13 @@ def steps_from_one():
     with mlflow.start_run(tags=TEN):
         for label, mean in enumerate(MEANS, 1):
             mlflow.log_metric("mean_pixel", mean, step=label)
+
+
+@wrong("00.2", r"has 57 at step 0: the mean of class 0 is near 83")
+def single_images_instead_of_classes():
+    with mlflow.start_run(tags=TEN):
+        for label in range(10):
+            mlflow.log_metric("mean_pixel", 57 + 9 * label, step=label)
 
 
 @two_sittings("00.2")

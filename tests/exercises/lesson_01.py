@@ -42,6 +42,23 @@ def counted_from_zero():
     losses([17, 35, 53])
 
 
+@wrong(
+    "01.1",
+    r"2\.302, 2\.302 and 2\.302: it does not fall, nothing was learnt\. `train_epoch\(\)` trains only",
+)
+def a_generator_that_nobody_loops_over():
+    with mlflow.start_run(tags=LOOP):
+        mlflow.log_param("steps_per_epoch", 18)
+        for step in (18, 36, 54):
+            mlflow.log_metric("val_loss", 2.302, step=step)
+
+
+@wrong("01.1", r"no whole number in the parameter `steps_per_epoch`, but a metric of that name")
+def the_steps_as_a_metric():
+    with mlflow.start_run(tags=LOOP):
+        mlflow.log_metrics({"steps_per_epoch": 18, "val_loss": 0.5})
+
+
 @two_sittings("01.1")
 def the_last_epoch_tomorrow():
     with mlflow.start_run(tags=LOOP) as run:
@@ -88,6 +105,14 @@ def the_weights_as_a_file():
     with mlflow.start_run(tags=BEST):
         trained()
         mlflow.log_text("weights", "best.pt")
+
+
+@wrong("01.2", r"the same `test_accuracy` and `val_accuracy`, 0\.8000")
+def scored_on_the_validation_images():
+    with mlflow.start_run(tags=BEST):
+        trained()
+        model = log_model("best", step=20)
+        mlflow.log_metric("test_accuracy", 0.8, step=20, model_id=model.model_id)
 
 
 @two_sittings("01.2")

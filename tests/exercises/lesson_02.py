@@ -1,5 +1,6 @@
 """Attempts at the exercises of lesson 02."""
 
+import time
 from contextlib import suppress
 
 from demo_lib.tracking import truthful_status
@@ -17,18 +18,19 @@ def three_epochs(steps=(9, 18, 27)):
         mlflow.log_metric("val_accuracy", 0.5 + step / 100, step=step)
 
 
-def six(epochs=three_epochs, **options):
+def six(epochs=three_epochs, jobs=2, **options):
     """Run six trials in two threads."""
 
     def objective(trial):
         with mlflow.start_run(run_name=f"trial {trial.number}", **options):
             epochs()
+            time.sleep(0.1)  # so that two are open at once
         return 0.5
 
-    optuna.create_study().optimize(objective, n_trials=6, n_jobs=2)
+    optuna.create_study().optimize(objective, n_trials=6, n_jobs=jobs)
 
 
-@wrong("02.1", r"has no children, but 6 runs began meanwhile without a parent")
+@wrong("02.1", r"has no children, but 6 runs without a parent began at the same time")
 def only_nested():
     with mlflow.start_run(tags=SIX):
         six(nested=True)
@@ -57,6 +59,23 @@ def two_of_three_epochs():
         six(lambda: three_epochs((9, 18)), nested=True, parent_run_id=parent.info.run_id)
 
 
+@wrong("02.1", r"the children of run .* ran one after the other: `n_jobs=2` lets two run at once")
+def one_at_a_time():
+    with mlflow.start_run(tags=SIX) as parent:
+        six(jobs=1, nested=True, parent_run_id=parent.info.run_id)
+
+
+@wrong("02.1", r"began while run .* was open, and is still RUNNING: something was logged before `start_run`")
+def trained_before_the_child_run():
+    def objective(trial):
+        three_epochs()
+        with mlflow.start_run(run_name=f"trial {trial.number}", nested=True):
+            return 0.5
+
+    with mlflow.start_run(tags=SIX):
+        optuna.create_study().optimize(objective, n_trials=2, n_jobs=2)
+
+
 @wrong("02.1", r"is itself nested in a run: tag the parent")
 def the_tag_on_a_child():
     with mlflow.start_run() as parent:
@@ -73,12 +92,12 @@ def the_tag_forgotten_until_tomorrow():
     mlflow.MlflowClient().set_tag(parent.info.run_id, "exercise", "02.1")
 
 
-def child(number, epochs, status="FINISHED"):
+def child(number, epochs, status="FINISHED", first=1):
     """Log a child run of so many epochs, better the lower its number."""
     with mlflow.start_run(run_name=f"trial {number}", nested=True) as run:
         mlflow.log_param("number", number)
         for epoch in range(1, epochs + 1):
-            mlflow.log_metric("val_accuracy", 0.9 - number / 100 - 0.3 / epoch, step=epoch)
+            mlflow.log_metric("val_accuracy", 0.9 - number / 100 - 0.3 / epoch, step=epoch - 1 + first)
         mlflow.end_run(status)
     return run.info.run_id
 
@@ -116,6 +135,13 @@ def the_name_instead_of_the_id():
 def the_last_instead_of_the_best():
     with mlflow.start_run(tags=WINNER):
         mlflow.set_tag("best_run_id", pruned_study()[5])
+
+
+@wrong("02.2", r"at steps 0, 1, 2, 3 and 4: the step is the epoch, from 1 on")
+def epochs_counted_from_zero():
+    with mlflow.start_run(tags=WINNER):
+        ids = [child(number, 5, first=0) for number in range(8)]
+        mlflow.set_tag("best_run_id", ids[0])
 
 
 @two_sittings("02.2")

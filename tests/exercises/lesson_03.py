@@ -46,7 +46,7 @@ def at_least_instead_of_more():
     shortlist(0, 1, 2)
 
 
-@wrong("03.1", r"1 run of the shortlist has no tag: run `trial 0` .*\(0\.77, 8 channels\)")
+@wrong("03.1", r"1 run of the shortlist has no tag: one with 0\.77 and 8 channels")
 def less_than_eight_channels():
     shortlist(1)
 

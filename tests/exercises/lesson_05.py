@@ -180,7 +180,7 @@ def the_model_instead_of_the_run():
     tag(version, trace_run=version.source.removeprefix("models:/"))
 
 
-@wrong("05.3", r"has `trace_commit = c0ffeec0ff`, and its run `c0ffee.*the beginning only")
+@wrong("05.3", r"has `trace_commit = c0ffeec0ff`, and its run `c0ffee.*only the beginning")
 def a_short_commit():
     traced(trace_commit="c0ffeec0ff")
 

@@ -340,7 +340,7 @@ def test_the_hunts_of_other_sizes_and_other_tags_are_told_of(home):
     run = mlflow.search_runs(output_format="list")[0]
     MlflowClient().set_tag(run.info.run_id, "Fault", "percent")
     said = check("03.3").text
-    assert "no run of your hunt with seed 30 has the tag `fault`" in said and f"But run `{run.info.run_name}`" in said
+    assert "No run of your hunt with seed 30 has the tag `fault`" in said and f"But run `{run.info.run_name}`" in said
     assert "has no hunt of 10 or more" in check("09.1").text
 
 
