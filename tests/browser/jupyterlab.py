@@ -14,10 +14,12 @@ from playwright.sync_api import Browser, Locator, Page
 
 from tests.tools.processes import serving
 
+READY = """async () => {
+    const {context, sessionContext, revealed} = window.jupyterapp.shell.currentWidget;
+    await Promise.all([context.ready, sessionContext.ready, revealed]);
+}"""
 RUN_ALL = """async () => {
     const app = window.jupyterapp;
-    await app.shell.currentWidget.context.ready;
-    await app.shell.currentWidget.sessionContext.ready;
     await app.commands.execute('notebook:run-all-cells');
     return app.shell.currentWidget.context.model.toJSON();
 }"""
@@ -44,7 +46,7 @@ def open_notebook(browser: Browser, lab: str, path: str) -> Page:
     page.goto(f"{lab}/workspaces/{Path(path).stem}-{Path(path).parent.name}/tree/{path}")
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    page.evaluate("window.jupyterapp.shell.currentWidget.revealed")  # cells are attached one after the other
+    page.evaluate(READY)
     return page
 
 
@@ -94,7 +96,7 @@ def run(page: Page, cell: Locator) -> None:
         """() => {
             const {sessionContext} = window.jupyterapp.shell.currentWidget;
             const cell = window.jupyterapp.shell.currentWidget.content.activeCell;
-            return sessionContext.session.kernel.status === 'idle' && cell.model.executionState !== 'running'
+            return sessionContext.session?.kernel?.status === 'idle' && cell.model.executionState !== 'running'
                 && cell.model.executionCount !== null;
         }"""
     )
