@@ -1,6 +1,7 @@
 """Command line: `python -m demo_lib doctor | train | tune | run | plot | ...`, each with `--help`."""
 
 import argparse
+import io
 import os
 import shutil
 import sys
@@ -31,6 +32,8 @@ STORES = ("mlflow", "optuna", "sqlalchemy")  # packages whose errors are the sto
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
     given = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a sign that somebody's run has in its name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         refuse_lost_folder()
         return given.do(given) or 0

@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as in `progress --watch 5 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
@@ -136,8 +139,8 @@ def _participants(settings: ServerSettings, given: argparse.Namespace) -> None:
 def _progress(settings: ServerSettings, given: argparse.Namespace) -> None:
     from server import progress
 
-    if given.watch is not None and not given.watch >= 1:
-        raise DemoError(f"--watch {given.watch:g} is not allowed: give a number of seconds, 1 or more.")
+    if given.watch is not None and not 1 <= given.watch <= 3600:
+        raise DemoError(f"--watch {given.watch:g} is not allowed: give a number of seconds from 1 to 3600.")
     begin = "\x1b[H\x1b[J" if given.watch and sys.stdout.isatty() else ""  # the screen's corner, empty from there on
     while True:
         try:

@@ -8,14 +8,18 @@ from typing import Any
 from demo_lib.config import DemoError, lessons, whole_file
 from demo_lib.exercises import EXERCISES, check_all
 from demo_lib.exercises.evidence import Evidence
+from demo_lib.exercises.judging import soon_given_up
 
 import pandas as pd
+from mlflow import MlflowException
 from mlflow.entities import Run
+from requests import RequestException
 
 from server.client import as_admin
 from server.participants import experiments, participants
 from server.settings import ServerSettings
 
+DAY = 24 * 3600_000  # milliseconds by which a person's clock may be ahead
 LEFT = 60  # minutes after which a run that has not ended counts as left: a lesson takes minutes
 THREADS = 8  # people asked about at once: most of the time goes into waiting for the server
 
@@ -35,17 +39,20 @@ def progress(settings: ServerSettings) -> pd.DataFrame:
     What is in a person's area counts for that person, if granted to write there. What a run says of itself, such as the
     tag `mlflow.user`, is not looked at: anyone can set it.
     """
-    there = experiments(settings)
+    people, there = participants(settings), experiments(settings)
     areas = {
         person: {
             name.partition("/")[2]: number
             for name, number in there.items()
             if name.startswith(f"{person}/") and granted.get(number) in ("EDIT", "MANAGE")
         }
-        for person, granted in participants(settings).items()
+        for person, granted in people.items()
     }
-    with as_admin(settings), ThreadPoolExecutor(THREADS) as pool:
-        rows = list(pool.map(_row, areas.values()))
+    with as_admin(settings), soon_given_up(), ThreadPoolExecutor(THREADS) as pool:
+        try:
+            rows = list(pool.map(_row, areas.values()))
+        except (MlflowException, RequestException) as error:
+            raise DemoError(f"{settings.url} stopped answering ({str(error)[:100]}): look again later.") from None
     table = pd.DataFrame(rows, pd.Index(list(areas), name="name"), columns=None if rows else list(_row({})))
     whole = dict.fromkeys(("stuck", "idle"), "Int64")
     table["last_activity"] = pd.to_datetime(table["last_activity"].astype("Int64"), unit="ms", utc=True)
@@ -58,7 +65,7 @@ def as_text(table: pd.DataFrame, anonymous: bool = False) -> str:
         return "no participants yet."
     shown = pd.DataFrame(
         {
-            "name": table.index,
+            "name": ["".join(sign if sign.isprintable() else "?" for sign in name) for name in table.index],
             "passed": table.passed.to_numpy(),
             "tried": table.tried.to_numpy(),
             "not begun": table.not_begun.to_numpy(),
@@ -75,16 +82,19 @@ def as_text(table: pd.DataFrame, anonymous: bool = False) -> str:
 
 def write_csv(table: pd.DataFrame, path: Path, anonymous: bool = False) -> None:
     """Write all columns to the file, with or without the names; a place that can't be written is a `DemoError`."""
+    if path.exists() and not path.is_file():  # also a device, which a new file would replace
+        raise DemoError(f"{path} is no file: name one for --csv.")
     try:
         with whole_file(path) as partial:
             table.to_csv(partial, index=not anonymous)
     except OSError as error:
-        raise DemoError(f"{path} can't be written ({error.strerror}): name a file in a folder that can be.") from None
+        reason = error.strerror or error
+        raise DemoError(f"{path} can't be written ({reason}): name a file in a folder that can be.") from None
 
 
 def _row(area: dict[str, str]) -> dict[str, Any]:
     """Return a person's row; the area has the ids of the person's experiments by name."""
-    evidence, titles, now = Evidence(area.get), [path.stem for path in lessons()], 1000 * time()
+    evidence, titles, now = Evidence(area.get, own=False), [path.stem for path in lessons()], 1000 * time()
     replies = check_all(EXERCISES, evidence)
     runs = {title: evidence.runs_of(title) for title in titles}
     finished = {title: sum(run.info.status == "FINISHED" for run in found) for title, found in runs.items()}
@@ -92,7 +102,8 @@ def _row(area: dict[str, str]) -> dict[str, Any]:
     tried = [reply for reply in replies if reply.answer == "not yet"]
     stuck = max(tried, key=lambda reply: reply.first, default=None)
     ever = [*(run for found in runs.values() for run in found), *evidence.runs]
-    last = max((max(run.info.start_time, run.info.end_time or 0) for run in ever), default=None)
+    times = (each for run in ever for each in (run.info.start_time, run.info.end_time))
+    last = max((each for each in times if each and 0 < each < now + DAY), default=None)  # people can set any time
     return {
         **finished,
         "ran": sum(count > 0 for count in finished.values()),
@@ -122,4 +133,4 @@ def _span(minutes: int) -> str:
 
 
 def _minutes(then: int, now: float) -> int:
-    return max(0, int(now - then) // 60_000)  # the person's clock may be ahead
+    return max(0, int(now - max(then, 0)) // 60_000)

@@ -1,8 +1,8 @@
 """What lies in the store that exercises are judged by: read, and never changed."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 
 from demo_lib.store import own_name
@@ -17,17 +17,23 @@ from mlflow.models import Model
 EXPERIMENT = "exercises"
 PARENT = "mlflow.parentRunId"
 MANY = 100_000
-LARGE = 5_000_000  # bytes of a file that is not read: a check is quick
+LARGE = 500_000  # bytes of a file that is not read: a check is quick
+SPANS = "mlflow.trace.spansLocation"
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where it was built
 
 
 class Evidence:
     """One person's part of the store: each thing is read when a check first asks for it, and then kept.
 
-    `place` returns the id of the person's experiment of that name, None if there is none.
+    `place` returns the id of the person's experiment of that name, None if there is none. Of somebody else's (not
+    `own`) only files are read that lie where the server puts them: an address that a person chose could lead to this
+    machine's disk, or send the reader's password elsewhere.
     """
 
-    def __init__(self, place: Callable[[str], str | None]) -> None:
+    def __init__(self, place: Callable[[str], str | None], own: bool = True) -> None:
         self.place = place
+        self.own = own
+        self._descriptions: dict[str, Model | None] = {}
         self._histories: dict[tuple[str, str], list[Metric]] = {}
         self._runs: dict[str, Run | None] = {}
         self._places: dict[str, list[Run]] = {}
@@ -79,7 +85,7 @@ class Evidence:
         """Return the run with all that belongs to it, None if there is none of this id that is not deleted."""
         if run_id not in self._runs:
             self._runs[run_id] = None
-            with suppress(MlflowException, TypeError):  # also for an id that is none, and another person's run
+            with suppress(TypeError), _if_there():  # also for an id that is none, and another person's run
                 found = self.client.get_run(run_id)
                 self._runs[run_id] = found if found.info.lifecycle_stage == "active" else None
         return self._runs[run_id]
@@ -110,17 +116,37 @@ class Evidence:
 
     def description(self, model: LoggedModel) -> Model | None:
         """Return what the model's file MLmodel says of it, None without a readable one; none of its code runs."""
-        with suppress(Exception):  # it can hold anything
-            text = mlflow.artifacts.load_text(f"{model.artifact_location}/MLmodel")
-            return Model.from_dict(yaml.safe_load(text))
-        return None
+        if model.model_id not in self._descriptions:
+            self._descriptions[model.model_id] = None
+            with suppress(Exception):  # it can hold anything
+                found = self.client.list_logged_model_artifacts(model.model_id) if self._may_read(model) else []
+                if any(each.path == "MLmodel" and (each.file_size or 0) < LARGE for each in found):
+                    text = mlflow.artifacts.load_text(f"{model.artifact_location}/MLmodel")
+                    self._descriptions[model.model_id] = Model.from_dict(yaml.load(text, YAML))
+        return self._descriptions[model.model_id]
+
+    def _may_read(self, thing: Run | LoggedModel) -> bool:
+        """Whether files lie with the server, in the folder of their own experiment."""
+        of_run = isinstance(thing, Run)
+        address = thing.info.artifact_uri if of_run else thing.artifact_location
+        place = thing.info.experiment_id if of_run else thing.experiment_id
+        return self.own or (f"{address}/".startswith(f"mlflow-artifacts:/{place}/") and ".." not in address)
 
     def versions(self, number: str) -> list[ModelVersion]:
         """Return the registered versions tagged as attempts whose model a run of `exercises` made, the latest first."""
         own = {run.info.run_id for run in self.runs}
-        found = self.client.search_model_versions(f"tags.exercise = '{number}'", max_results=1000)
+        found = self.search_versions(f"tags.exercise = '{number}'") if own else []
         found = [version for version in found if version.run_id in own]
         return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
+
+    def search_versions(self, where: str) -> list[ModelVersion]:
+        """Return all registered versions that pass the filter, also other people's."""
+        found, token = [], None
+        while token != "":
+            page = self.client.search_model_versions(where, max_results=1000, page_token=token)
+            found += page
+            token = page.token or ""
+        return found
 
     def scored(self, run: Run, metric: str) -> set[str]:
         """Return the ids of the models, known in `exercises`, for which the run logged the metric."""
@@ -130,31 +156,34 @@ class Evidence:
     def versions_of(self, runs: Sequence[Run]) -> list[ModelVersion]:
         """Return the registered versions whose models these runs made, the first first."""
         wanted = ", ".join(f"'{run.info.run_id}'" for run in runs)
-        found = self.client.search_model_versions(f"run_id IN ({wanted})", max_results=1000) if runs else []
+        found = self.search_versions(f"run_id IN ({wanted})") if runs else []
         return sorted(found, key=lambda version: version.creation_timestamp)
 
     def aliases(self, name: str) -> dict[str, str]:
         """Return which version each alias of the registered model names; none if it is not there, or not yours."""
-        with suppress(MlflowException):
+        with _if_there():
             return {alias: str(number) for alias, number in self.client.get_registered_model(name).aliases.items()}
         return {}
 
     def files(self, run: Run, folder: str | None = None) -> list[FileInfo]:
         """Return the files and folders of the run, or of one of its folders."""
-        return self.client.list_artifacts(run.info.run_id, folder)
+        return self.client.list_artifacts(run.info.run_id, folder) if self._may_read(run) else []
 
     def text(self, run: Run, path: str) -> str | None:
-        """Return the text of one of the run's files, None if it has no such file or a large one."""
+        """Return the text of one of the run's files, None if it has no such file, a large one, or one not in UTF-8."""
         found = next((each for each in self.files(run) if each.path == path and not each.is_dir), None)
         if found is None or (found.file_size or 0) > LARGE:
             return None
-        return mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{path}")
+        with suppress(UnicodeDecodeError, OSError, MlflowException):
+            return mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{path}")
+        return None
 
     def traces(self, run: Run, wait: bool = True) -> list[Trace]:
         """Return the run's traces with their spans, a hundred at most; wait first for those still to be written."""
         flush, self._flushed = wait and not self._flushed, self._flushed or wait  # it takes seconds after a trace
-        place = [run.info.experiment_id]
-        return self.client.search_traces(locations=place, run_id=run.info.run_id, max_results=100, flush=flush)
+        about = {"locations": [run.info.experiment_id], "run_id": run.info.run_id, "max_results": 100, "flush": flush}
+        # In the database, that is: other spans are fetched, with the reader's password, from where the trace says.
+        return self.client.search_traces(filter_string=f"tags.`{SPANS}` = 'TRACKING_STORE'", **about)
 
     def untagged_version(self) -> ModelVersion | None:
         """Return the person's latest version that neither an exercise nor its setup has tagged."""
@@ -165,13 +194,23 @@ class Evidence:
 
     def version(self, name: str, number: str | None) -> ModelVersion | None:
         """Return the registered version, None if it is not there."""
-        with suppress(MlflowException):
+        with _if_there():
             return self.client.get_model_version(name, number) if number else None
         return None
 
     def model_of(self, version: ModelVersion) -> LoggedModel | None:
         """Return the whole model of the experiment `exercises` that the version points to."""
         return next((each for each in self._models if version.source == f"models:/{each.model_id}"), None)
+
+
+@contextmanager
+def _if_there() -> Iterator[None]:
+    """Pass over that something is not there or not to be seen, but not that the store does not answer."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
+            raise
 
 
 def model_id(version: ModelVersion) -> str:

@@ -80,8 +80,8 @@ def hunt(seed: int, faults: int = FEWEST) -> Hunt:
 
 def _whole(name: str, value: object, least: int, most: int) -> int:
     text = str(value).strip()
-    if not (text.isascii() and text.isdecimal() and least <= int(text[:20]) <= most):
-        raise DemoError(f"{name} = {value!r} is not allowed: give a whole number from {least} to {most}.")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        raise DemoError(f"{name} = {text[:20]!r} is not allowed: give a whole number from {least} to {most}.")
     return int(text)
 
 

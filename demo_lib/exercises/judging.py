@@ -2,10 +2,12 @@
 
 import difflib
 import html
+import os
 import re
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from mlflow.entities.model_registry import ModelVersion
 from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
+MOST = 50  # attempts that are judged, the latest
 RECENT = 15 * 60_000  # milliseconds for which a run without the tag may be a forgotten attempt
 NOT_THERE = (MlflowException, RequestException, SQLAlchemyError, OSError)  # what a store raises that can't be read
 
@@ -107,6 +110,7 @@ class Reply:
 
 def _wrapped(text: str) -> str:
     """Return the text in lines of a terminal's width; code, between backticks, stays on one line."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)  # a name can hold a terminal's commands
     whole = re.sub("`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
     options = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(whole, 96, **options).replace("\0", " ")
@@ -143,18 +147,47 @@ def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[
     exercises = [find(number) for number in numbers]
     asker = evidence is None
     try:
-        evidence = open_evidence() if asker else evidence
-        return [_reply(each, evidence, asker, asker and len(exercises) == 1) for each in exercises]
-    except (DemoError, *NOT_THERE) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        text = f"The store can't be read: {reason}. What you have done is not lost; check again when the store answers."
-        return [Reply(each.number, each.title, "can't tell", text) for each in exercises]
+        with soon_given_up():
+            evidence = open_evidence() if asker else evidence
+            return [_reply_or_why_not(each, evidence, asker, asker and len(exercises) == 1) for each in exercises]
+    except DemoError as error:
+        return [_cant_tell(each, error) for each in exercises]
+
+
+@contextmanager
+def soon_given_up() -> Iterator[None]:
+    """Let requests to a server that has gone away fail after seconds; MLflow's own retries take minutes."""
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ |= limits
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _reply_or_why_not(exercise: Exercise, evidence: Evidence, asker: bool, alone: bool) -> Reply:
+    """Return the reply; what a person made can't keep the other exercises from being judged, whatever it is."""
+    try:
+        return _reply(exercise, evidence, asker, alone)
+    except Exception as error:
+        return _cant_tell(exercise, error)
+
+
+def _cant_tell(exercise: Exercise, error: Exception) -> Reply:
+    reason = (str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__)[:200]
+    text = f"The store can't be read: {reason}. What you have done is not lost; check again when that is mended."
+    return Reply(exercise.number, exercise.title, "can't tell", text)
 
 
 def open_evidence() -> Evidence:
     """Open the store as `open_store` does, for whoever asks, but make none: a check only reads."""
     database = sqlite_file(tracking_uri())
-    if database is not None and not database.exists():
+    if database is not None and (not database.exists() or not database.stat().st_size):
         return Evidence(lambda experiment: None)
     open_store()
     return of_this_login()
@@ -175,7 +208,7 @@ class _Verdict:
 
 
 def _reply(exercise: Exercise, evidence: Evidence, asker: bool, alone: bool) -> Reply:
-    attempts = exercise.attempts(evidence, exercise.number)
+    attempts = exercise.attempts(evidence, exercise.number)[:MOST]
     about = {"number": exercise.number, "title": exercise.title}
     if not attempts:
         missing = exercise.missing or partial(_where_it_looked, exercise, alone)
@@ -230,7 +263,7 @@ def _start(attempt: Any) -> int:
     if isinstance(attempt, ModelVersion):
         return attempt.creation_timestamp
     made = attempt.data.tags.get("hunt_made", "")  # a hunt's runs lie in the past
-    return int(made) if made.isdecimal() else attempt.info.start_time
+    return int(made) if re.fullmatch(r"[0-9]{13}", made) else attempt.info.start_time
 
 
 def _is_fresh(attempt: Any) -> bool:
@@ -312,7 +345,7 @@ def _near_misses(exercise: Exercise, evidence: Evidence, alone: bool) -> Iterato
         yield f"But {named(run)}, which has it, is deleted: restore it in the MLflow UI, or do it again."
     for run in evidence.runs:
         for tag, value in run.data.tags.items():
-            digits = re.findall(r"\d+", value)
+            digits = re.findall(r"\d{1,3}", value[:20])
             if tag.lower().rstrip("s") == "exercise" and [int(each) for each in digits] == [
                 *map(int, number.split("."))
             ]:

@@ -1,5 +1,7 @@
 """What the exercises of lesson 01 expect: steps, models, and how a run ends."""
 
+from math import isnan
+
 from demo_lib.exercises.evidence import Evidence
 from demo_lib.exercises.judging import Expectations, counted, exercise, finished, listed, named
 from demo_lib.exercises.quiz import Question, question
@@ -11,7 +13,7 @@ from mlflow.entities import Run
 def a_loop_by_step(run: Run, evidence: Evidence) -> Expectations:
     """Judge a run with a validation loss for each of three epochs."""
     yield finished(run)
-    given = run.data.params.get("steps_per_epoch", "")
+    given = run.data.params.get("steps_per_epoch", "")[:9]
     kind = ", but a metric of that name" if "steps_per_epoch" in run.data.metrics else ""
     yield (
         given.isdecimal() and int(given) > 1,
@@ -71,7 +73,8 @@ def the_best_model(run: Run, evidence: Evidence) -> Expectations:
     )
     models = evidence.models(run)
     yield bool(models), f"{named(run)} has no model: log the best network with `mlflow.pytorch.log_model`."
-    highest = max(point.value for point in points)
+    highest = max((point.value for point in points if not isnan(point.value)), default=None)
+    yield highest is not None, f"{named(run)} has no `val_accuracy` that is a number."
     best = [point.step for point in points if point.value == highest]
     at = {model.name: evidence.model_step(model) for model in models}
     good = [model for model in models if at[model.name] in best]

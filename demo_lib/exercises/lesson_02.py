@@ -110,7 +110,7 @@ def name_the_winner(run: Run, evidence: Evidence) -> Expectations:
     yield finished(run)
     whole = [child for child in children if child.info.status == "FINISHED"]
     yield bool(whole), f"no child of {named(run)} is FINISHED: some trials must run to the end."
-    accuracy = {child.info.run_id: child.data.metrics["val_accuracy"] for child in children}
+    accuracy = {child.info.run_id: child.data.metrics.get("val_accuracy", 0) for child in children}
     best, given = max(accuracy[child.info.run_id] for child in whole), run.data.tags.get("best_run_id")
     as_param = " It is a parameter there, and a parameter can't change" if "best_run_id" in run.data.params else ""
     yield given is not None, f"{named(run)} has no tag `best_run_id`.{as_param or ' The winner belongs on the parent'}."

@@ -17,7 +17,7 @@ def _images(run: Run | None) -> int:
 
 
 def _others(version: ModelVersion, evidence: Evidence) -> list[ModelVersion]:
-    found = evidence.client.search_model_versions(f'name = "{version.name}"', max_results=1000)
+    found = evidence.search_versions(f'name = "{version.name}"')
     return [each for each in found if str(each.version) != str(version.version)]
 
 
@@ -169,7 +169,7 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
 def _own_gain(evidence: Evidence) -> Question:
     """Ask about a promotion of the learner's, if there was one."""
     own = {run.info.run_id for run in evidence.runs_of("05_register_and_promote") + evidence.runs}
-    found = evidence.client.search_model_versions("tags.decision = 'promoted'", max_results=1000) if own else []
+    found = evidence.search_versions("tags.decision = 'promoted'") if own else []
     for version in sorted(found, key=lambda each: -each.creation_timestamp):
         try:
             accuracy, before = float(version.tags["accuracy"]), float(version.tags["champion_accuracy"])

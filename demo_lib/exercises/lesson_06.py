@@ -42,12 +42,19 @@ def score_with_the_version_before(run: Run, evidence: Evidence) -> Expectations:
         "previous" in scorers,
         "there is no version with the alias `previous`: run the cell that registers two versions again.",
     )
-    files = listed(f"`{each.path}`" for each in evidence.files(run))
+    paths = [each.path for each in evidence.files(run)]
     rows = _rows(evidence.text(run, TABLE))
-    yield bool(rows), f"{named(run)} has no table `{TABLE}`: it has {files}. `mlflow.log_table` writes one."
+    paths = listed(f"`{path}`" for path in paths)
+    kind = "has no table" if TABLE not in paths else "has no rows that can be read in"
+    yield (
+        bool(rows),
+        f"{named(run)} {kind} `{TABLE}`: it has {paths}. `mlflow.log_table` writes one.",
+    )
     columns = listed(f"`{column}`" for column in rows[0])
-    yield {"label", "truth"} <= rows[0].keys(), f"`{TABLE}` of {named(run)} has the columns {columns}: it needs both, "
-    "`label` and `truth`."
+    yield (
+        {"label", "truth"} <= rows[0].keys(),
+        f"`{TABLE}` of {named(run)} has the columns {columns}: it needs both, `label` and `truth`.",
+    )
     yield (
         len(rows) == ROWS,
         f"`{TABLE}` of {named(run)} has {counted(len(rows), 'row')}, one an image: {ROWS} images are asked for.",

@@ -36,8 +36,9 @@ def give_same(connection: sqlalchemy.Connection, one: str, other: str, numbers: 
     places = {int(numbers[f"{one}/{each.partition('/')[2]}"]): int(numbers[each]) for each in area(other)}
     ids: set[str] = set()
     for table in tables.sorted_tables:  # what belongs to the experiments, by whatever key
-        if "experiment_id" in table.c and table.name not in ("experiments", "experiment_tags"):
-            rows = connection.execute(table.select().where(table.c.experiment_id.in_(places))).mappings()
+        number = table.c.get("experiment_id")
+        if number is not None and isinstance(number.type, sqlalchemy.Integer) and table.name != "experiments":
+            rows = connection.execute(table.select().where(number.in_(places))).mappings()
             ids |= {value for row in rows for value in row.values() if isinstance(value, str) and ID.fullmatch(value)}
     inputs = tables.tables["inputs"]
     found = inputs.c.source_id.in_(ids) | inputs.c.destination_id.in_(ids)

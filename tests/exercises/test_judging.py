@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 from demo_lib.__main__ import main
 from demo_lib.exercises import EXERCISES, check, check_all, progress, quiz, solution
@@ -20,6 +21,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.exercises.lesson_00 import MEANS, TEN, seed_run
+from tests.exercises.makeshift import log_model, register
 
 
 @pytest.fixture
@@ -33,8 +35,10 @@ def tried(home):
 
 def test_a_check_makes_no_store(tmp_path, monkeypatch):
     monkeypatch.setenv("DEMO_HOME", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    assert {check(number).answer for number in EXERCISES} == {"not attempted"}
     assert check("00.1").answer == "not attempted" and set(progress().answer) == {"not attempted"}
-    assert quiz("01").text and not (tmp_path / "none").exists()
+    assert quiz("01").text and not list(tmp_path.iterdir())
 
 
 def test_a_check_changes_nothing(tried):
@@ -138,6 +142,35 @@ def test_odd_things_in_an_attempt_are_no_error(home):
         reply = check(number)
         assert reply.answer in ("not yet", "not attempted"), str(reply)
         assert "can't be read" not in reply.text, str(reply)
+
+
+def test_what_one_attempt_holds_keeps_no_other_exercise_from_being_judged(tried):
+    with mlflow.start_run(tags={"exercise": "06.1", "setup": "06.1"}) as run:
+        mlflow.log_text("", "a.txt")
+        register("scorer", log_model("classifier"), "previous")
+    Path(run.info.artifact_uri.removeprefix("file://"), "predictions.json").write_text("ü", "utf-16")
+    for tags in ({"exercise": "9" * 5000}, {"exercise": "00.2", "hunt_made": "9" * 5000}):
+        with mlflow.start_run(tags=tags):
+            pass
+    answers = progress().answer
+    assert answers["00.1"] == answers["00.2"] == answers["06.1"] == "not yet"
+    assert "has no rows that can be read in `predictions.json`" in check("06.1").text
+    assert check("02.1").answer == "not attempted"
+
+
+def test_an_exercise_that_can_not_be_read_is_told_of_alone(tried, monkeypatch):
+    monkeypatch.setattr("demo_lib.exercises.evidence.Evidence.search_versions", Mock(side_effect=OSError("no disk")))
+    answers = progress().answer
+    assert answers["05.1"] == "can't tell" and answers["00.1"] == "not yet"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_without_a_names_signs_shows_the_reply(home, cli, encoding):
+    connect("exercises")
+    with mlflow.start_run(run_name="\U0001f98a \x1b[31mfox", tags={"exercise": "00.1"}):
+        pass
+    done = cli("check", "00.1", PYTHONIOENCODING=encoding)
+    assert done.returncode == 1 and "[31mfox" in done.stdout and "\x1b" not in done.stdout and not done.stderr
 
 
 def test_a_reply_is_words_and_a_mark(tried):

@@ -2,14 +2,18 @@
 
 import re
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 from demo_lib.config import DemoError, lessons
 from demo_lib.exercises import EXERCISES
+from demo_lib.ops.processes import free_port
 from demo_lib.store import connect
 
 import mlflow
 import pandas as pd
 import pytest
+import requests
 from mlflow import MlflowClient
 
 from server.__main__ import main
@@ -101,7 +105,7 @@ def attempt(seeds, **tags):
     for seed in seeds:
         with mlflow.start_run(tags={"exercise": "00.1"} | tags):
             mlflow.log_param("seed", seed)
-            mlflow.log_metric("mean_pixel", 73)
+            mlflow.log_metric("mean_pixel", 73 + seed)
 
 
 def test_exercises_are_judged_in_each_persons_area_and_the_stuck_stand_on_top(workshop, pair, login):
@@ -130,6 +134,60 @@ def test_judging_changes_nothing_on_the_server(workshop, pair, login):
     assert state() == before
 
 
+def test_judging_sends_the_administrators_password_nowhere(workshop, pair, login):
+    """A trace's spans, and a run's files, can be said to be anywhere by who may write the experiment."""
+    heard = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(self.headers.get("Authorization"))
+            self.send_error(404)
+
+    login("quinn", pair["quinn"])
+    place = connect("exercises").experiment_id
+    with mlflow.start_run(tags={"exercise": "06.2"}) as run:
+        pass
+    with HTTPServer(("127.0.0.1", 0), Listener) as listener:
+        Thread(target=listener.serve_forever, daemon=True).start()
+        asked = {"auth": ("quinn", pair["quinn"]), "timeout": 20}
+        about = {"experiment_id": place, "timestamp_ms": 1, "request_metadata": [{"key": "mlflow.sourceRun"}]}
+        about["request_metadata"][0]["value"] = run.info.run_id
+        traces = f"{workshop.url}/api/2.0/mlflow/traces"
+        made = requests.post(traces, json=about, **asked).json()["trace_info"]["request_id"]
+        there = f"mlflow-artifacts://127.0.0.1:{listener.server_port}/x"
+        tags = [{"key": "mlflow.artifactLocation", "value": there}]
+        answer = requests.patch(f"{traces}/{made}", json={"status": "OK", "timestamp_ms": 2, "tags": tags}, **asked)
+        assert answer.ok, answer.text
+        with as_admin(workshop.settings):  # the trap works: who reads the spans sends the password
+            MlflowClient().search_traces(locations=[place], run_id=run.info.run_id)
+        assert heard[0].startswith("Basic ")
+        heard.clear()
+        assert progress(workshop.settings).loc["quinn", "06.2"] == "not yet"
+        listener.shutdown()
+    assert not heard
+
+
+def test_odd_times_and_numbers_of_one_person_break_nothing(workshop, pair, login):
+    login("quinn", pair["quinn"])
+    place, client = connect("exercises").experiment_id, MlflowClient()
+    for start, tags in ((10**17, {}), (1, {"exercise": "00.1", "hunt_made": "9" * 400}), (2, {"exercise": "9" * 4000})):
+        client.create_run(place, start, tags)
+    table = progress(workshop.settings)
+    assert table.loc["quinn", "00.1"] in ("passed", "not yet") and "pia" in table.index
+    assert "quinn" in as_text(table)
+
+
+def test_a_server_that_is_gone_is_a_sentence_at_once(workshop, as_server, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DEMO_SERVER_PORT", str(free_port()))
+    started = time.monotonic()
+    assert main(["progress", "--profile", "workshop", "--folder", str(workshop.settings.folder)]) == 2
+    assert "no server answers at" in capsys.readouterr().err and time.monotonic() - started < 30
+    monkeypatch.setenv("MLFLOW_DEMO_SERVER_ADMIN_PASSWORD", "not the password")
+    monkeypatch.setenv("MLFLOW_DEMO_SERVER_PORT", str(workshop.settings.port))
+    assert main(["progress", "--profile", "workshop", "--folder", str(workshop.settings.folder)]) == 2
+    assert "the administrator's password is refused" in capsys.readouterr().err
+
+
 @pytest.fixture
 def as_server(workshop, monkeypatch):
     """Run the command line with the workshop's settings."""
@@ -155,7 +213,11 @@ def test_names_can_be_left_out(pair, as_server, capsys, tmp_path):
     assert {"pia", "quinn"} <= set(table.index) and {*TITLES, *EXERCISES, "ran", "passed", "idle"} <= set(table)
 
 
-@pytest.mark.parametrize("given", [("--watch", "0"), ("--watch", "nan"), ("--csv", "/nowhere/at/all.csv")])
+BAD = [("--watch", value) for value in ("0", "nan", "inf")]
+BAD += [("--csv", value) for value in ("/nowhere/at/all.csv", "", "/", "/dev/null")]
+
+
+@pytest.mark.parametrize("given", BAD)
 def test_bad_input_is_a_sentence(given, pair, as_server, capsys):
     assert as_server(*given) == 2
     assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
