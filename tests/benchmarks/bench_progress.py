@@ -64,7 +64,8 @@ def give_same(connection: sqlalchemy.Connection, one: str, other: str, numbers: 
         ]
         if not own:
             continue
-        rows = connection.execute(table.select().where(sqlalchemy.or_(*own))).mappings()
+        written = [column for column in table.c if column.computed is None]
+        rows = connection.execute(sqlalchemy.select(*written).where(sqlalchemy.or_(*own))).mappings()
         copies = [{name: moved(name, value) for name, value in row.items()} for row in rows]
         if copies:
             connection.execute(table.insert(), copies)
