@@ -149,9 +149,23 @@ def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[
     try:
         with soon_given_up():
             evidence = open_evidence() if asker else evidence
-            return [_reply_or_why_not(each, evidence, asker, asker and len(exercises) == 1) for each in exercises]
+            return list(_replies(exercises, evidence, asker))
     except DemoError as error:
         return [_cant_tell(each, error) for each in exercises]
+
+
+def _replies(exercises: list[Exercise], evidence: Evidence, asker: bool) -> Iterator[Reply]:
+    """Yield the replies; what a person made can't keep other exercises from being judged, a store that is gone can."""
+    gone: Exception | None = None
+    for each in exercises:
+        try:
+            yield _cant_tell(each, gone) if gone else _reply(each, evidence, asker, asker and len(exercises) == 1)
+        except Exception as error:
+            yield _cant_tell(each, error)
+            try:
+                evidence.client.search_experiments(max_results=1)
+            except NOT_THERE as reason:
+                gone = reason
 
 
 @contextmanager
@@ -168,14 +182,6 @@ def soon_given_up() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _reply_or_why_not(exercise: Exercise, evidence: Evidence, asker: bool, alone: bool) -> Reply:
-    """Return the reply; what a person made can't keep the other exercises from being judged, whatever it is."""
-    try:
-        return _reply(exercise, evidence, asker, alone)
-    except Exception as error:
-        return _cant_tell(exercise, error)
 
 
 def _cant_tell(exercise: Exercise, error: Exception) -> Reply:

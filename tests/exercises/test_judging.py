@@ -18,7 +18,7 @@ from demo_lib.store import connect
 
 import mlflow
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, MlflowException
 
 from tests.exercises.lesson_00 import MEANS, TEN, seed_run
 from tests.exercises.makeshift import log_model, register
@@ -156,6 +156,13 @@ def test_what_one_attempt_holds_keeps_no_other_exercise_from_being_judged(tried)
     assert answers["00.1"] == answers["00.2"] == answers["06.1"] == "not yet"
     assert "has no rows that can be read in `predictions.json`" in check("06.1").text
     assert check("02.1").answer == "not attempted"
+
+
+def test_a_server_that_goes_away_meanwhile_is_asked_no_further(tried, monkeypatch):
+    asked = Mock(side_effect=MlflowException("API request failed: Max retries exceeded"))
+    monkeypatch.setattr("demo_lib.exercises.evidence.Evidence.search", asked)
+    monkeypatch.setattr(MlflowClient, "search_experiments", asked)
+    assert set(progress().answer) == {"can't tell"} and asked.call_count == 2
 
 
 def test_an_exercise_that_can_not_be_read_is_told_of_alone(tried, monkeypatch):
