@@ -207,13 +207,12 @@ def _reproduce(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    from demo_lib.exercises import EXERCISES, check_all
-    from demo_lib.exercises.judging import find
+    from demo_lib.exercises import EXERCISES, check_all, find_exercise
 
     lessons = {number[:2] for number in EXERCISES}
     for each in given.wanted:
         if each not in lessons:
-            find(each)
+            find_exercise(each)
     numbers = [number for number in EXERCISES if not given.wanted or {number, number[:2]} & {*given.wanted}]
     replies = check_all(numbers)
     print(*(f"{each.number}  {each.answer:13}  {each.title}" for each in replies), sep="\n")

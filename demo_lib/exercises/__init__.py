@@ -18,13 +18,13 @@ from demo_lib.exercises import (  # noqa: F401
     lesson_08,
 )
 from demo_lib.exercises.hunts import hunt
-from demo_lib.exercises.judging import EXERCISES, check, check_all
+from demo_lib.exercises.judging import EXERCISES, check, check_all, find_exercise
 from demo_lib.exercises.quiz import quiz
 from demo_lib.exercises.words import hint, solution
 
 import pandas as pd
 
-__all__ = ["EXERCISES", "check", "check_all", "hint", "hunt", "progress", "quiz", "solution"]
+__all__ = ["EXERCISES", "check", "check_all", "find_exercise", "hint", "hunt", "progress", "quiz", "solution"]
 
 for _number in sorted(EXERCISES):  # modules are imported in another order
     EXERCISES[_number] = EXERCISES.pop(_number)

@@ -121,7 +121,7 @@ def _code(text: str) -> str:
     return re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
-def find(number: str) -> Exercise:
+def find_exercise(number: str) -> Exercise:
     """Return the exercise; an unknown number is a DemoError."""
     if number not in EXERCISES:
         near = difflib.get_close_matches(str(number), EXERCISES, 1)
@@ -144,7 +144,7 @@ def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[
 
     With somebody else's evidence, who did not attempt an exercise is told nothing of attempts that were misplaced.
     """
-    exercises = [find(number) for number in numbers]
+    exercises = [find_exercise(number) for number in numbers]
     asker = evidence is None
     try:
         with soon_given_up():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from demo_lib.config import LESSONS, DemoError
-from demo_lib.exercises.judging import check, find
+from demo_lib.exercises.judging import check, find_exercise
 
 _given: Counter[str] = Counter()
 
@@ -34,7 +34,7 @@ def _cells(lesson: str) -> list[dict]:
 
 def _tagged(number: str, kind: str) -> list[str]:
     """Return the sources of the cells that have both tags, the kind and the exercise's number."""
-    find(number)
+    find_exercise(number)
     wanted = {kind, number}
     found = [cell for cell in _cells(number[:2]) if wanted <= set(cell["metadata"].get("tags", ()))]
     return ["".join(cell["source"]) for cell in found]

@@ -17,7 +17,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-pytestmark = pytest.mark.xdist_group("hunt")  # the twenty hunts are made once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hunt")]  # the twenty hunts are made once
 HUNTS = dict.fromkeys(range(14), 6) | {14: 10, 15: 10, 16: 10, 17: 12, 18: 12, 19: 12}
 
 
