@@ -25,7 +25,7 @@ from server.participants import add, area, experiments
 from server.progress import progress
 from tests.server.conftest import workshop_in
 
-HERE = {"artifact_uri", "artifact_location", "storage_location", "source"}  # columns: the copies share the files
+HERE = {"artifact_uri", "artifact_location", "storage_location"}  # columns: the copies share the files
 ID = re.compile(r"(?:m-|tr-)?[0-9a-f]{32}")
 
 
