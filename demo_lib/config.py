@@ -1,5 +1,6 @@
 """Configurations: validated, frozen, from YAML, the command line or a run's parameters, and back to YAML."""
 
+import errno
 import os
 import re
 import uuid
@@ -49,7 +50,12 @@ def lessons() -> list[Path]:
 
 @contextmanager
 def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
-    """Give a path to write to that becomes `path` at the end: whole or not at all; private, for its owner only."""
+    """Give a path to write to that becomes `path` at the end: whole or not at all; private, for its owner only.
+
+    A `path` that is a folder or a device is an OSError: a file would take its place.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         if private:
@@ -58,6 +64,27 @@ def whole_file(path: Path, private: bool = False) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write the file that the user named, as `whole_file` does; one that can't be written is a DemoError."""
+    try:
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise DemoError(f"{path} can't be written ({error.strerror}): name a file in a folder that can be.") from None
+
+
+@contextmanager
+def restored_variables(*names: str) -> Iterator[None]:
+    """Give these environment variables back the values they have now, when the block ends."""
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ |= before
 
 
 class Settings(BaseSettings):

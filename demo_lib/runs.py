@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo_lib.config import DemoError, TrainConfig, tracking_uri, whole_file, without_login
+from demo_lib.config import DemoError, TrainConfig, tracking_uri, without_login, write_file
 from demo_lib.store import own_name
 
 import mlflow
@@ -104,11 +104,7 @@ def export(run_id: str, path: str | Path) -> None:
     else:
         frame = histories([run.info.run_id], sorted(run.data.metrics))
         content = frame.to_parquet(index=False) if kind == ".parquet" else frame.to_csv(index=False).encode()
-    try:
-        with whole_file(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise DemoError(f"{path} can't be written ({error.strerror}): name a file in a folder that can be.") from None
+    write_file(path, content)
 
 
 def _experiments() -> dict[str, str]:

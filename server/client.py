@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from demo_lib.config import DemoError
+from demo_lib.config import DemoError, restored_variables
 
 import mlflow
 import requests
@@ -34,17 +34,14 @@ def signed_in(url: str, name: str, password: str) -> Iterator[None]:
     """Point MLflow's clients in this process at the server, with this person's login, until the block ends."""
     # A login in the user's netrc would go before MLflow's.
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "NETRC")
-    before = {each: os.environ[each] for each in names if each in os.environ}
     uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    try:
-        os.environ |= {names[1]: name, names[2]: password, names[3]: os.devnull}
-        mlflow.set_tracking_uri(url)
-        yield
-    finally:
-        mlflow.set_tracking_uri(uri)
-        for each in names:
-            os.environ.pop(each, None)
-        os.environ |= before
+    with restored_variables(*names):
+        try:
+            os.environ |= {names[1]: name, names[2]: password, names[3]: os.devnull}
+            mlflow.set_tracking_uri(url)
+            yield
+        finally:
+            mlflow.set_tracking_uri(uri)
 
 
 @contextmanager

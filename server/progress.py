@@ -5,7 +5,7 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from demo_lib.config import DemoError, lessons, whole_file
+from demo_lib.config import DemoError, lessons, write_file
 from demo_lib.exercises import EXERCISES, check_all
 from demo_lib.exercises.evidence import Evidence
 from demo_lib.exercises.judging import soon_given_up
@@ -82,14 +82,7 @@ def as_text(table: pd.DataFrame, anonymous: bool = False) -> str:
 
 def write_csv(table: pd.DataFrame, path: Path, anonymous: bool = False) -> None:
     """Write all columns to the file, with or without the names; a place that can't be written is a `DemoError`."""
-    if path.exists() and not path.is_file():  # also a device, which a new file would replace
-        raise DemoError(f"{path} is no file: name one for --csv.")
-    try:
-        with whole_file(path) as partial:
-            table.to_csv(partial, index=not anonymous)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DemoError(f"{path} can't be written ({reason}): name a file in a folder that can be.") from None
+    write_file(path, table.to_csv(index=not anonymous).encode())
 
 
 def _row(area: dict[str, str]) -> dict[str, Any]:
