@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from demo_lib.exercises.evidence import Evidence, model_id
 from demo_lib.exercises.judging import Expectations, counted, exercise, listed, named
-from demo_lib.exercises.quiz import Question, question
+from demo_lib.exercises.quiz import Question, best_and_others, question
 
 from mlflow.entities import LoggedModel, Run
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
@@ -227,12 +227,8 @@ def _own_choice(evidence: Evidence) -> Question:
             continue
         low = any(word in metric.lower() for word in LOWER)
         final = {child.info.run_name: child.data.metrics.get(metric, math.nan) for child in children}
-        ranked = sorted(
-            ((name, value) for name, value in final.items() if not math.isnan(value)),
-            key=lambda each: each[1] if low else -each[1],
-        )[:4]
-        if len(ranked) > 2 and ranked[0][1] != ranked[1][1]:
-            (best, value), *others = ranked
+        if ranked := best_and_others(final, lowest=low):
+            (best, value), others = ranked
             return Question(
                 f"Which child of your run `{run.info.run_name}` ended with the {'lowest' if low else 'highest'} "
                 f"`{metric}`?",

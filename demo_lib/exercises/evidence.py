@@ -44,7 +44,7 @@ class Evidence:
         """MLflow's client, made late: it would make a store where none is."""
         return MlflowClient()
 
-    @cached_property
+    @property
     def runs(self) -> list[Run]:
         """The runs of the experiment `exercises`, the latest first."""
         return self.runs_of(EXPERIMENT)
@@ -132,11 +132,14 @@ class Evidence:
         place = thing.info.experiment_id if of_run else thing.experiment_id
         return self.own or (f"{address}/".startswith(f"mlflow-artifacts:/{place}/") and ".." not in address)
 
+    @cached_property
+    def _ids(self) -> set[str]:
+        return {run.info.run_id for run in self.runs}
+
     def versions(self, number: str) -> list[ModelVersion]:
         """Return the registered versions tagged as attempts whose model a run of `exercises` made, the latest first."""
-        own = {run.info.run_id for run in self.runs}
-        found = self.search_versions(f"tags.exercise = '{number}'") if own else []
-        found = [version for version in found if version.run_id in own]
+        found = self.search_versions(f"tags.exercise = '{number}'") if self._ids else []
+        found = [version for version in found if version.run_id in self._ids]
         return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
 
     def search_versions(self, where: str) -> list[ModelVersion]:
@@ -187,10 +190,11 @@ class Evidence:
 
     def untagged_version(self) -> ModelVersion | None:
         """Return the person's latest version that neither an exercise nor its setup has tagged."""
-        own = {run.info.run_id for run in self.runs}
-        found = self.client.search_model_versions(order_by=["creation_timestamp DESC"], max_results=1000) if own else []
+        if not self._ids:
+            return None
+        found = self.client.search_model_versions(order_by=["creation_timestamp DESC"], max_results=1000)
         tags = {"exercise", "setup"}
-        return next((each for each in found if each.run_id in own and not tags & each.tags.keys()), None)
+        return next((each for each in found if each.run_id in self._ids and not tags & each.tags.keys()), None)
 
     def version(self, name: str, number: str | None) -> ModelVersion | None:
         """Return the registered version, None if it is not there."""
@@ -211,6 +215,12 @@ def _if_there() -> Iterator[None]:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
             raise
+
+
+def metrics_of(model: LoggedModel) -> dict[str, float]:
+    """Return the latest values of the model's own metrics."""
+    latest = sorted(model.metrics or (), key=lambda metric: (metric.step, metric.timestamp))
+    return {metric.key: metric.value for metric in latest}
 
 
 def model_id(version: ModelVersion) -> str:

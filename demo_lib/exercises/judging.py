@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from demo_lib.config import DemoError, sqlite_file, tracking_uri, without_login
-from demo_lib.exercises.evidence import EXPERIMENT, Evidence, of_this_login
+from demo_lib.config import DemoError, restored_variables, sqlite_file, tracking_uri, without_login
+from demo_lib.exercises.evidence import EXPERIMENT, Evidence, metrics_of, of_this_login
 from demo_lib.store import Link, open_store, own_name, ui_link
 
 import mlflow
 from mlflow import MlflowException
-from mlflow.entities import Run, ViewType
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities import LoggedModel, Run, ViewType
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -142,24 +142,24 @@ def check(number: str) -> Reply:
 def check_all(numbers: Iterable[str], evidence: Evidence | None = None) -> list[Reply]:
     """Judge several exercises by one reading of the store; errors are those of `check`.
 
-    With somebody else's evidence, who did not attempt an exercise is told nothing of attempts that were misplaced.
+    The evidence is that of whoever asks, or given; of somebody else's misplaced attempts nothing is said.
     """
     exercises = [find_exercise(number) for number in numbers]
-    asker = evidence is None
+    if evidence is not None:
+        return list(_replies(exercises, evidence))
     try:
         with soon_given_up():
-            evidence = open_evidence() if asker else evidence
-            return list(_replies(exercises, evidence, asker))
+            return list(_replies(exercises, open_evidence()))
     except DemoError as error:
         return [_cant_tell(each, error) for each in exercises]
 
 
-def _replies(exercises: list[Exercise], evidence: Evidence, asker: bool) -> Iterator[Reply]:
+def _replies(exercises: list[Exercise], evidence: Evidence) -> Iterator[Reply]:
     """Yield the replies; what a person made can't keep other exercises from being judged, a store that is gone can."""
     gone: Exception | None = None
     for each in exercises:
         try:
-            yield _cant_tell(each, gone) if gone else _reply(each, evidence, asker, asker and len(exercises) == 1)
+            yield _cant_tell(each, gone) if gone else _reply(each, evidence, alone=len(exercises) == 1)
         except Exception as error:
             yield _cant_tell(each, error)
             try:
@@ -172,16 +172,9 @@ def _replies(exercises: list[Exercise], evidence: Evidence, asker: bool) -> Iter
 def soon_given_up() -> Iterator[None]:
     """Let requests to a server that has gone away fail after seconds; MLflow's own retries take minutes."""
     limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ |= limits
-    try:
+    with restored_variables(*limits):
+        os.environ |= limits
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _cant_tell(exercise: Exercise, error: Exception) -> Reply:
@@ -213,12 +206,12 @@ class _Verdict:
         return sum(ok for ok, _ in self.points)
 
 
-def _reply(exercise: Exercise, evidence: Evidence, asker: bool, alone: bool) -> Reply:
+def _reply(exercise: Exercise, evidence: Evidence, alone: bool) -> Reply:
     attempts = exercise.attempts(evidence, exercise.number)[:MOST]
     about = {"number": exercise.number, "title": exercise.title}
     if not attempts:
         missing = exercise.missing or partial(_where_it_looked, exercise, alone)
-        return Reply(**about, answer="not attempted", text=_sentence(missing(evidence)) if asker else "")
+        return Reply(**about, answer="not attempted", text=_sentence(missing(evidence)) if evidence.own else "")
     verdicts = [_judge(exercise.judge(each, evidence), each, exercise.rubric) for each in attempts]
     closest = max(verdicts, key=lambda verdict: (verdict.passed, verdict.met))  # of equals the first, so the latest
     good = [verdict.attempt for verdict in verdicts if verdict.passed]
@@ -279,7 +272,7 @@ def _is_fresh(attempt: Any) -> bool:
 def _link(attempt: Any) -> Link | None:
     attempt = _first_run(attempt)
     if isinstance(attempt, ModelVersion):
-        return ui_link(mlflow.MlflowClient().get_registered_model(attempt.name))
+        return ui_link(RegisteredModel(attempt.name))
     return ui_link(attempt)
 
 
@@ -312,6 +305,15 @@ def finished(run: Run) -> tuple[bool, str]:
         "KILLED": "it was interrupted",
     }.get(run.info.status, "it has not ended")
     return run.info.status == "FINISHED", f"{named(run)} is {run.info.status}: {why}."
+
+
+def has_metric(run: Run, model: LoggedModel, metric: str) -> tuple[bool, str]:
+    """Expect that the model has the metric, and not only its run."""
+    where = "on the run alone" if metric in run.data.metrics else "nowhere"
+    return metric in metrics_of(model), (
+        f"the model `{model.name}` of {named(run)} has no `{metric}`; it is {where}. Log it with `model_id`, so that "
+        "it is the model's."
+    )
 
 
 def _where_it_looked(exercise: Exercise, alone: bool, evidence: Evidence) -> str:

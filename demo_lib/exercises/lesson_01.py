@@ -2,9 +2,9 @@
 
 from math import isnan
 
-from demo_lib.exercises.evidence import Evidence
-from demo_lib.exercises.judging import Expectations, counted, exercise, finished, listed, named
-from demo_lib.exercises.quiz import Question, question
+from demo_lib.exercises.evidence import Evidence, metrics_of
+from demo_lib.exercises.judging import Expectations, counted, exercise, finished, has_metric, listed, named
+from demo_lib.exercises.quiz import Question, best_and_others, question
 
 from mlflow.entities import Run
 
@@ -85,20 +85,15 @@ def the_best_model(run: Run, evidence: Evidence) -> Expectations:
         f"{named(run)} has {found}, and its best `val_accuracy`, {highest:.3f}, at step {best[0]}.{last} Give "
         "`log_model` the `step` of the best epoch.",
     )
-    scored = [model for model in good if "test_accuracy" in {metric.key for metric in model.metrics or ()}]
-    where = "on the run alone" if "test_accuracy" in run.data.metrics else "nowhere"
-    yield (
-        bool(scored),
-        f"the model `{good[0].name}` of {named(run)} has no `test_accuracy`; it is {where}. Log it with `model_id`, so "
-        "that it is the model's.",
-    )
-    score = {metric.key: metric.value for metric in scored[0].metrics}["test_accuracy"]
+    model = next((each for each in good if "test_accuracy" in metrics_of(each)), good[0])
+    yield has_metric(run, model, "test_accuracy")
+    score = metrics_of(model)["test_accuracy"]
     yield (
         score != highest,
         f"{named(run)} has the same `test_accuracy` and `val_accuracy`, {score:.4f}: score the test images.",
     )
     return (
-        f"The model `{scored[0].name}` is at step {best[0]}, where `val_accuracy` is highest, and its test score "
+        f"The model `{model.name}` is at step {best[0]}, where `val_accuracy` is highest, and its test score "
         "is its own. In the UI, the experiment's page Models lists it with both."
     )
 
@@ -142,8 +137,8 @@ def _lowest_loss(evidence: Evidence) -> Question:
     tried = [run for run in evidence.runs if run.data.tags.get("exercise", "").startswith("01")]
     for run in evidence.runs_of("01_track_a_run") + tried:
         if "val_loss" in run.data.metrics and run.info.status == "FINISHED":
-            losses.setdefault(run.data.metrics["val_loss"], f"`{run.info.run_name}` ({run.info.run_id[:6]})")
-    if len(losses) < 3:
+            losses[f"`{run.info.run_name}` ({run.info.run_id[:6]})"] = run.data.metrics["val_loss"]
+    if (ranked := best_and_others(losses, lowest=True)) is None:
         return Question(
             "A run has `val_loss` 0.52 at step 22, 0.40 at step 44 and 0.43 at step 66. What does "
             '`run.data.metrics["val_loss"]` give?',
@@ -155,12 +150,12 @@ def _lowest_loss(evidence: Evidence) -> Question:
                 "all three": "`get_metric_history` gives all of them.",
             },
         )
-    (low, best), *others = sorted(losses.items())[:4]
+    (best, low), others = ranked
     return Question(
         "Which of these runs of yours has the lowest validation loss at its end?",
         best,
         f"It ended at {low:.4f}.",
-        {name: f"It ended at {loss:.4f}, and one of the others is lower." for loss, name in others},
+        {name: f"It ended at {loss:.4f}, and one of the others is lower." for name, loss in others},
     )
 
 

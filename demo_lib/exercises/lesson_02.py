@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from demo_lib.exercises.evidence import PARENT, Evidence
 from demo_lib.exercises.judging import Expectations, counted, exercise, finished, listed, named
-from demo_lib.exercises.quiz import Question, question
+from demo_lib.exercises.quiz import Question, best_and_others, question
 
 from mlflow.entities import Run
 
@@ -191,16 +191,14 @@ def interrupted_and_finished(run: Run, evidence: Evidence) -> Expectations:
 @question("02")
 def _own_winner(evidence: Evidence) -> Question:
     """Ask about the learner's latest study that has a winner."""
-    for parent in evidence.runs_of("02_tune_with_nested_runs") + evidence.runs:
-        family = evidence.search([parent.info.experiment_id], f"tags.`{PARENT}` = '{parent.info.run_id}'")
-        found = {
-            run.info.run_name: run.data.metrics.get("val_accuracy", 0.0)
-            for run in family
-            if run.info.status == "FINISHED"
-        }
-        ranked = sorted(found.items(), key=lambda each: -each[1])[:4]
-        if len({accuracy for _, accuracy in ranked}) > 2 and ranked[0][1] > ranked[1][1]:
-            (best, accuracy), *others = ranked
+    known = evidence.runs_of("02_tune_with_nested_runs") + evidence.runs
+    families: dict[str, dict[str, float]] = {run.info.run_id: {} for run in known}
+    for run in known:
+        if run.info.status == "FINISHED" and (above := run.data.tags.get(PARENT)) in families:
+            families[above][run.info.run_name] = run.data.metrics.get("val_accuracy", 0.0)
+    for parent in known:
+        if ranked := best_and_others(families[parent.info.run_id]):
+            (best, accuracy), others = ranked
             return Question(
                 f"Which trial of your study `{parent.info.run_name}` has the highest `val_accuracy`?",
                 f"`{best}`",

@@ -2,21 +2,15 @@
 
 import math
 
-from demo_lib.exercises.evidence import Evidence
-from demo_lib.exercises.judging import Expectations, counted, exercise, finished, listed, named
-from demo_lib.exercises.quiz import Question, question
+from demo_lib.exercises.evidence import Evidence, metrics_of
+from demo_lib.exercises.judging import Expectations, counted, exercise, finished, has_metric, listed, named
+from demo_lib.exercises.quiz import Question, best_and_others, question
 
 import mlflow
-from mlflow.entities import LoggedModel, Run
+from mlflow.entities import Run
 from mlflow.types import ColSpec, DataType, TensorSpec
 
 LEAST = 0.6  # accuracy that the model reaches with its pixels divided, and not without
-
-
-def _metrics(model: LoggedModel) -> dict[str, float]:
-    """Return the latest values of the model's own metrics."""
-    latest = sorted(model.metrics or (), key=lambda metric: (metric.step, metric.timestamp))
-    return {metric.key: metric.value for metric in latest}
 
 
 def _kind(spec: TensorSpec | ColSpec) -> str:
@@ -66,12 +60,8 @@ def raw_pixels_in(run: Run, evidence: Evidence) -> Expectations:
         f"{of} returns {listed(kinds) if kinds else 'nothing that its signature names'}, and words are asked for: take "
         "the name of the class from `CLASSES`.",
     )
-    own = _metrics(model)
-    where = "on the run alone" if "accuracy" in run.data.metrics else "nowhere"
-    yield (
-        "accuracy" in own,
-        f"{of} has no `accuracy`; it is {where}. Log it with `model_id`, so that it is the model's.",
-    )
+    yield has_metric(run, model, "accuracy")
+    own = metrics_of(model)
     yield (
         LEAST <= own["accuracy"] <= 1,
         f"{of} has `accuracy` {own['accuracy']:.3f}, and the network is right more often: it was trained on pixels "
@@ -92,7 +82,7 @@ def the_lowest_loss(run: Run, evidence: Evidence) -> Expectations:
         len(models) == 6,
         f"{named(run)} has {counted(len(models), 'model')}: six checkpoints are asked for, all in one run.",
     )
-    own = {model.model_id: _metrics(model) for model in models}
+    own = {model.model_id: metrics_of(model) for model in models}
     for metric in ("val_loss", "val_accuracy"):
         without = [model.name for model in models if metric not in own[model.model_id]]
         alone = (
@@ -149,18 +139,16 @@ def _own_checkpoint(evidence: Evidence) -> Question:
     """Ask about the checkpoints of the learner's lesson, if there are some."""
     place = evidence.place("04_package_a_model")
     found = mlflow.search_logged_models([place], output_format="list") if place else []
-    runs = [model.source_run_id for model in found if "val_loss" in _metrics(model)]
-    losses = {}
-    for model in found:
-        if runs and model.source_run_id == runs[0] and "val_loss" in _metrics(model):
-            losses[_metrics(model)["val_loss"]] = f"`{model.name}`"
-    if len(losses) > 3:
-        (low, best), *others = sorted(losses.items())[:4]
+    scored = [model for model in found if "val_loss" in metrics_of(model)]
+    last = [model for model in scored if model.source_run_id == scored[0].source_run_id]
+    losses = {f"`{model.name}`": metrics_of(model)["val_loss"] for model in last}
+    if ranked := best_and_others(losses, lowest=True, least=4):
+        (best, low), others = ranked
         return Question(
             "Which of these checkpoints from your last lesson 04 has the lowest `val_loss`?",
             best,
             f"It has {low:.3f}. `search_logged_models` sorts by it.",
-            {name: f"It has {loss:.3f}, and one of the others has less." for loss, name in others},
+            {name: f"It has {loss:.3f}, and one of the others has less." for name, loss in others},
         )
     return Question(
         "Six checkpoints: the accuracy is best at the fifth, the loss is lowest at the second. How can that be?",

@@ -1,12 +1,13 @@
 """Three questions to each lesson, where it makes sense about what lies in the learner's own store."""
 
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from demo_lib.config import DemoError
 from demo_lib.exercises.evidence import Evidence
-from demo_lib.exercises.judging import NOT_THERE, open_evidence
+from demo_lib.exercises.judging import NOT_THERE, open_evidence, soon_given_up
 from demo_lib.exercises.words import Words
 
 LETTERS = "abcdef"
@@ -41,6 +42,23 @@ class Question:
         return "\n".join(lines)
 
 
+Ranked = tuple[str, float]
+
+
+def best_and_others(
+    values: dict[str, float], lowest: bool = False, least: int = 3
+) -> tuple[Ranked, list[Ranked]] | None:
+    """Return the best of the values and the up to three next ones; None if it is no question which is the best.
+
+    That is so if fewer than `least` of them differ, or two are equally good.
+    """
+    known = [(name, value) for name, value in values.items() if not math.isnan(value)]
+    ranked = sorted(known, key=lambda each: each[1], reverse=not lowest)[:4]
+    if len({value for _, value in ranked}) < least or ranked[0][1] == ranked[1][1]:
+        return None
+    return ranked[0], ranked[1:]
+
+
 QUESTIONS: dict[str, list[Callable[[Evidence], Question]]] = {}
 
 
@@ -62,8 +80,9 @@ def quiz(lesson: str, *answers: str) -> Words:
     if lesson not in QUESTIONS:
         raise DemoError(f"there is no quiz {lesson!r}; there are {', '.join(sorted(QUESTIONS))}.")
     try:
-        evidence = open_evidence()
-        asked = [ask(evidence) for ask in QUESTIONS[lesson]]
+        with soon_given_up():
+            evidence = open_evidence()
+            asked = [ask(evidence) for ask in QUESTIONS[lesson]]
     except (DemoError, *NOT_THERE):  # without a store the questions are about nobody's runs
         asked = [ask(Evidence(lambda experiment: None)) for ask in QUESTIONS[lesson]]
     if len(answers) > len(asked):
