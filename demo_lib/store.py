@@ -4,6 +4,7 @@ import html
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -13,7 +14,7 @@ from demo_lib.identity import lives
 
 import mlflow
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import Experiment, Run
+from mlflow.entities import Experiment, Metric, Run
 from mlflow.entities.model_registry import RegisteredModel
 from mlflow.environment_variables import MLFLOW_RUN_ID
 
@@ -21,6 +22,7 @@ from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.credentials import get_default_host_creds  # isort: skip
 from mlflow.utils.rest_utils import http_request  # isort: skip
 
+POINTS = 25_000  # of several metric histories, that a server returns at once
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages of what the exceptions say, too
 
@@ -107,6 +109,21 @@ def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
         page, text = f"{of.experiment_id}/runs", f"experiment {of.name}"
     # Without workflowType a fresh browser opens the page for generative AI.
     return Link(f"{base}/#/experiments/{page}?workflowType=machine_learning", f"{text} in the MLflow UI")
+
+
+def metric_histories(run_ids: Sequence[str], metric: str) -> dict[str, list[Metric]]:
+    """Return a server's histories of the metric by run, for a hundred runs at most, by one request.
+
+    There are none if they have too many points for one answer.
+    """
+    creds, path = get_default_host_creds(tracking_uri()), "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+    answer = http_request(creds, path, "GET", params={"run_id": run_ids, "metric_key": metric})
+    answer.raise_for_status()
+    points = answer.json()["metrics"]
+    found: dict[str, list[Metric]] = {run_id: [] for run_id in run_ids}
+    for point in points:
+        found[point["run_id"]].append(Metric(metric, float(point["value"]), point["timestamp"], point["step"]))
+    return found if len(points) < POINTS else {}
 
 
 def close_stale_runs(experiment_ids: list[str]) -> None:

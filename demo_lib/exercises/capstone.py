@@ -202,12 +202,7 @@ def _version(family: list[Run], models: list[LoggedModel], evidence: Evidence) -
     ids = {model.model_id for model in models}
     versions = [each for each in evidence.versions_of(family) if model_id(each) in ids]
     said = [each for each in versions if (each.description or "").strip()]
-    champions = [
-        each
-        for name in {version.name for version in versions}
-        for each in versions
-        if each.name == name and evidence.aliases(name).get("champion") == str(each.version)
-    ]
+    champions = [each for each in versions if evidence.aliases(each.name).get("champion") == str(each.version)]
     good = [*said, *champions]
     found = named((good or versions)[0]) if versions else "none"
     if versions and not good:

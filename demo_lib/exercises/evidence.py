@@ -1,11 +1,12 @@
 """What lies in the store that exercises are judged by: read, and never changed."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import Any
 
-from demo_lib.store import own_name
+from demo_lib.store import metric_histories, own_name
 
 import mlflow
 import yaml
@@ -14,12 +15,27 @@ from mlflow.entities import FileInfo, LoggedModel, Metric, Run, Trace, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
+# A private part of MLflow, as in MLflow 3.17.2: see `tests/unit/test_internals.py`.
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # isort: skip
+
 EXPERIMENT = "exercises"
 PARENT = "mlflow.parentRunId"
 MANY = 100_000
 LARGE = 500_000  # bytes of a file that is not read: a check is quick
 SPANS = "mlflow.trace.spansLocation"
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster, where it was built
+
+
+def _kept(read: Callable) -> Callable:
+    """Let a method read each thing once: what it returned is returned again for the same arguments."""
+
+    @wraps(read)
+    def found(self: "Evidence", *asked: Any) -> Any:
+        if (key := (read, *asked)) not in self._kept:
+            self._kept[key] = read(self, *asked)
+        return self._kept[key]
+
+    return found
 
 
 class Evidence:
@@ -33,10 +49,10 @@ class Evidence:
     def __init__(self, place: Callable[[str], str | None], own: bool = True) -> None:
         self.place = place
         self.own = own
-        self._descriptions: dict[str, Model | None] = {}
+        self._kept: dict[tuple, Any] = {}
         self._histories: dict[tuple[str, str], list[Metric]] = {}
-        self._runs: dict[str, Run | None] = {}
-        self._places: dict[str, list[Run]] = {}
+        self._made: dict[str, list[ModelVersion]] = {}
+        self._runs: dict[str, list[Run]] = {}
         self._flushed = False
 
     @cached_property
@@ -51,10 +67,16 @@ class Evidence:
 
     def runs_of(self, experiment: str) -> list[Run]:
         """Return the runs of one of the person's experiments, the latest first; none if it is not there."""
-        if experiment not in self._places:
-            number = self.place(experiment)
-            self._places[experiment] = self.search([number]) if number else []
-        return self._places[experiment]
+        return self.runs_by_experiment([experiment])[experiment]
+
+    def runs_by_experiment(self, experiments: Iterable[str]) -> dict[str, list[Run]]:
+        """Return the runs of several experiments by one request; else as `runs_of`."""
+        new: dict[str, list[Run]] = {each: [] for each in experiments if each not in self._runs}
+        name_of = {number: each for each in new if (number := self.place(each))}
+        for run in self.search([*name_of]):
+            new[name_of[run.info.experiment_id]].append(run)
+        self._runs |= new
+        return {each: self._runs[each] for each in experiments}
 
     def search(self, numbers: Sequence[str], where: str = "", view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
         """Return the runs of these experiments, by id, that pass the filter."""
@@ -81,22 +103,32 @@ class Evidence:
             found[run.data.tags.get(PARENT)].append(run)
         return found
 
+    @_kept
     def run(self, run_id: str | None) -> Run | None:
         """Return the run with all that belongs to it, None if there is none of this id that is not deleted."""
-        if run_id not in self._runs:
-            self._runs[run_id] = None
-            with suppress(TypeError), _if_there():  # also for an id that is none, and another person's run
-                found = self.client.get_run(run_id)
-                self._runs[run_id] = found if found.info.lifecycle_stage == "active" else None
-        return self._runs[run_id]
+        if run_id in self._own_runs:
+            return self._own_runs[run_id]
+        with suppress(TypeError), _if_there():  # also for an id that is none, and another person's run
+            found = self.client.get_run(run_id)
+            return found if found.info.lifecycle_stage == "active" else None
+        return None
 
     def history(self, run: Run, metric: str) -> list[Metric]:
         """Return all values of the run's metric by step, of one step by time; none if it has no such metric."""
         key = run.info.run_id, metric
+        if metric not in run.data.metrics:
+            return []
+        if key not in self._histories and not self.own:
+            self._histories |= self._histories_of_all(metric)
         if key not in self._histories:
-            found = self.client.get_metric_history(*key) if metric in run.data.metrics else []
-            self._histories[key] = sorted(found, key=lambda point: (point.step, point.timestamp))
-        return self._histories[key]
+            self._histories[key] = self.client.get_metric_history(*key)
+        return sorted(self._histories[key], key=lambda point: (point.step, point.timestamp))
+
+    def _histories_of_all(self, metric: str) -> dict[tuple[str, str], list[Metric]]:
+        """Return the metric's histories of all runs of `exercises`: a class has too many to ask for them one by one."""
+        ids = [run.info.run_id for run in self.runs if metric in run.data.metrics]
+        found = (metric_histories(some, metric) for some in _portions(ids))
+        return {(run_id, metric): points for each in found for run_id, points in each.items()}
 
     def models(self, run: Run) -> list[LoggedModel]:
         """Return the whole models that the run logged, the first first."""
@@ -114,34 +146,34 @@ class Evidence:
         outputs = run.outputs.model_outputs if run and run.outputs else []
         return next((each.step for each in outputs if each.model_id == model.model_id), None)
 
+    @_kept
     def description(self, model: LoggedModel) -> Model | None:
         """Return what the model's file MLmodel says of it, None without a readable one; none of its code runs."""
-        if model.model_id not in self._descriptions:
-            self._descriptions[model.model_id] = None
-            with suppress(Exception):  # it can hold anything
-                found = self.client.list_logged_model_artifacts(model.model_id) if self._may_read(model) else []
-                if any(each.path == "MLmodel" and (each.file_size or 0) < LARGE for each in found):
-                    text = mlflow.artifacts.load_text(f"{model.artifact_location}/MLmodel")
-                    self._descriptions[model.model_id] = Model.from_dict(yaml.load(text, YAML))
-        return self._descriptions[model.model_id]
+        with suppress(Exception):  # it can hold anything
+            if any(each.path == "MLmodel" and (each.file_size or 0) < LARGE for each in self.files(model)):
+                text = mlflow.artifacts.load_text(f"{model.artifact_location}/MLmodel")
+                return Model.from_dict(yaml.load(text, YAML))
+        return None
 
-    def _may_read(self, thing: Run | LoggedModel) -> bool:
-        """Whether files lie with the server, in the folder of their own experiment."""
+    @_kept
+    def files(self, thing: Run | LoggedModel, folder: str | None = None) -> list[FileInfo]:
+        """Return the files and folders of the run or the model, or of one of its folders."""
         of_run = isinstance(thing, Run)
         address = thing.info.artifact_uri if of_run else thing.artifact_location
         place = thing.info.experiment_id if of_run else thing.experiment_id
-        return self.own or (f"{address}/".startswith(f"mlflow-artifacts:/{place}/") and ".." not in address)
+        if self.own or (f"{address}/".startswith(f"mlflow-artifacts:/{place}/") and ".." not in address):
+            return get_artifact_repository(address).list_artifacts(folder)
+        return []
 
     @cached_property
-    def _ids(self) -> set[str]:
-        return {run.info.run_id for run in self.runs}
+    def _own_runs(self) -> dict[str, Run]:
+        return {run.info.run_id: run for run in self.runs}
 
     def versions(self, number: str) -> list[ModelVersion]:
         """Return the registered versions tagged as attempts whose model a run of `exercises` made, the latest first."""
-        found = self.search_versions(f"tags.exercise = '{number}'") if self._ids else []
-        found = [version for version in found if version.run_id in self._ids]
-        return sorted(found, key=lambda version: version.creation_timestamp, reverse=True)
+        return [each for each in reversed(self.versions_of(self.runs)) if each.tags.get("exercise") == number]
 
+    @_kept
     def search_versions(self, where: str) -> list[ModelVersion]:
         """Return all registered versions that pass the filter, also other people's."""
         found, token = [], None
@@ -158,19 +190,22 @@ class Evidence:
 
     def versions_of(self, runs: Sequence[Run]) -> list[ModelVersion]:
         """Return the registered versions whose models these runs made, the first first."""
-        wanted = ", ".join(f"'{run.info.run_id}'" for run in runs)
-        found = self.search_versions(f"run_id IN ({wanted})") if runs else []
+        ids = {run.info.run_id for run in runs}
+        if new := ids - self._made.keys():
+            made = {run_id: [] for run_id in new | (self._own_runs.keys() - self._made.keys())}
+            for some in _portions([*made]):
+                for version in self.search_versions(f"run_id IN ({str(some)[1:-1]})"):
+                    made[version.run_id].append(version)
+            self._made |= made
+        found = (version for run_id in ids for version in self._made[run_id])
         return sorted(found, key=lambda version: version.creation_timestamp)
 
+    @_kept
     def aliases(self, name: str) -> dict[str, str]:
         """Return which version each alias of the registered model names; none if it is not there, or not yours."""
         with _if_there():
             return {alias: str(number) for alias, number in self.client.get_registered_model(name).aliases.items()}
         return {}
-
-    def files(self, run: Run, folder: str | None = None) -> list[FileInfo]:
-        """Return the files and folders of the run, or of one of its folders."""
-        return self.client.list_artifacts(run.info.run_id, folder) if self._may_read(run) else []
 
     def text(self, run: Run, path: str) -> str | None:
         """Return the text of one of the run's files, None if it has no such file, a large one, or one not in UTF-8."""
@@ -178,7 +213,7 @@ class Evidence:
         if found is None or (found.file_size or 0) > LARGE:
             return None
         with suppress(UnicodeDecodeError, OSError, MlflowException):
-            return mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{path}")
+            return mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{path}")
         return None
 
     def traces(self, run: Run, wait: bool = True) -> list[Trace]:
@@ -190,14 +225,14 @@ class Evidence:
 
     def untagged_version(self) -> ModelVersion | None:
         """Return the person's latest version that neither an exercise nor its setup has tagged."""
-        if not self._ids:
-            return None
-        found = self.client.search_model_versions(order_by=["creation_timestamp DESC"], max_results=1000)
-        tags = {"exercise", "setup"}
-        return next((each for each in found if each.run_id in self._ids and not tags & each.tags.keys()), None)
+        found = (each for each in reversed(self.versions_of(self.runs)) if not {"exercise", "setup"} & each.tags.keys())
+        return next(found, None)
 
     def version(self, name: str, number: str | None) -> ModelVersion | None:
         """Return the registered version, None if it is not there."""
+        for version in self.versions_of(self.runs):
+            if (version.name, str(version.version)) == (name, number):
+                return version
         with _if_there():
             return self.client.get_model_version(name, number) if number else None
         return None
@@ -215,6 +250,11 @@ def _if_there() -> Iterator[None]:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
             raise
+
+
+def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield a hundred ids at a time: they go into a request's address."""
+    return (ids[first : first + 100] for first in range(0, len(ids), 100))
 
 
 def metrics_of(model: LoggedModel) -> dict[str, float]:

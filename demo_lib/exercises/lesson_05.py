@@ -16,14 +16,10 @@ def _images(run: Run | None) -> int:
     return int(given) if given.isdecimal() else 0
 
 
-def _others(version: ModelVersion, evidence: Evidence) -> list[ModelVersion]:
-    found = evidence.search_versions(f'name = "{version.name}"')
-    return [each for each in found if str(each.version) != str(version.version)]
-
-
 def _again(version: ModelVersion, evidence: Evidence) -> str:
     """Say how the setup's version becomes the champion again."""
-    first = next((each for each in _others(version, evidence) if each.tags.get("setup") == "05.1"), None)
+    made = [each for each in evidence.versions_of(evidence.runs) if each.name == version.name]
+    first = next((each for each in made if each.tags.get("setup") == "05.1" and each.version != version.version), None)
     if first is None:
         return "Run the setup cell again"
     call = f'client.set_registered_model_alias(name, "champion", {first.version})'
@@ -82,14 +78,15 @@ def roll_back(version: ModelVersion, evidence: Evidence) -> Expectations:
     """Judge the blamed version, which is to be refused from now on."""
     tags, who = version.tags, named(version)
     champion = evidence.aliases(version.name).get("champion")
-    alone = champion == str(version.version) and not _others(version, evidence)
+    is_champion = champion == str(version.version)
+    alone = is_champion and len(evidence.search_versions(f'name = "{version.name}"')) == 1
     yield (
         not alone,
         f"{who} is the champion, and no other version is left: was the blamed one deleted? Then nobody can see what "
         "was wrong. Run the setup cell, and keep the version this time.",
     )
     yield (
-        champion != str(version.version),
+        not is_champion,
         f"{who} is still the champion: move the alias `champion` to the version that has the alias `previous`.",
     )
     yield (
@@ -168,9 +165,7 @@ def the_way_back(version: ModelVersion, evidence: Evidence) -> Expectations:
 @question("05")
 def _own_gain(evidence: Evidence) -> Question:
     """Ask about a promotion of the learner's, if there was one."""
-    own = {run.info.run_id for run in evidence.runs_of("05_register_and_promote") + evidence.runs}
-    found = evidence.search_versions("tags.decision = 'promoted'") if own else []
-    for version in sorted(found, key=lambda each: -each.creation_timestamp):
+    for version in reversed(evidence.versions_of(evidence.runs_of("05_register_and_promote") + evidence.runs)):
         try:
             accuracy, before = float(version.tags["accuracy"]), float(version.tags["champion_accuracy"])
         except (KeyError, ValueError):  # the first champion had none to beat
@@ -181,7 +176,7 @@ def _own_gain(evidence: Evidence) -> Question:
             f"{100 * before:.1f} points": "That is the accuracy of the champion before.",
             "0.5 points": "So much is asked for at least. It gained more.",
         }
-        if version.run_id in own and accuracy - before > 0.006 and points not in wrong:
+        if accuracy - before > 0.006 and points not in wrong:
             return Question(
                 f"Version {version.version} of your model `{version.name}` was promoted past version "
                 f"{version.tags.get('champion_version')}. What did the gate see as its gain?",

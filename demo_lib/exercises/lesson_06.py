@@ -18,10 +18,8 @@ def _scorers(evidence: Evidence) -> dict[str, str]:
     """Return which model each alias of the setup's registered model stands for."""
     versions = evidence.versions_of([run for run in evidence.runs if run.data.tags.get("setup") == "06.1"])
     models = {(version.name, str(version.version)): model_id(version) for version in versions}
-    found = {}
-    for name in {version.name for version in versions}:
-        found |= {alias: models.get((name, number), "") for alias, number in evidence.aliases(name).items()}
-    return found
+    names = {version.name for version in versions}
+    return {alias: models.get((name, at), "") for name in names for alias, at in evidence.aliases(name).items()}
 
 
 def _rows(text: str | None) -> list[dict[str, Any]]:

@@ -25,12 +25,11 @@ from server.participants import add, area, experiments
 from server.progress import progress
 from tests.server.conftest import workshop_in
 
-HERE = {"artifact_uri", "artifact_location", "storage_location"}  # columns: the copies share the files
 ID = re.compile(r"(?:m-|tr-)?[0-9a-f]{32}")
 
 
-def give_same(connection: sqlalchemy.Connection, one: str, other: str, numbers: dict[str, str]) -> int:
-    """Give the other person a copy of all rows of the first one's experiments; return how many these are."""
+def give_same(connection: sqlalchemy.Connection, files: Path, one: str, other: str, numbers: dict[str, str]) -> int:
+    """Give the other person a copy of the first one's experiments, rows and files; return the number of rows."""
     tables = sqlalchemy.MetaData()
     tables.reflect(connection)
     places = {int(numbers[f"{one}/{each.partition('/')[2]}"]): int(numbers[each]) for each in area(other)}
@@ -46,17 +45,20 @@ def give_same(connection: sqlalchemy.Connection, one: str, other: str, numbers: 
         ids.add(row["input_uuid"])
     new = {each: each[:-32] + hashlib.md5(f"{other}{each}".encode()).hexdigest() for each in ids}
 
+    def renamed(text: str) -> str:
+        return ID.sub(lambda match: new.get(match[0], match[0]), text)
+
     def moved(name: str, value: object) -> object:
         if name == "experiment_id":
             return places.get(value, value)
-        if not isinstance(value, str) or name in HERE:
+        if not isinstance(value, str):
             return value
-        value = ID.sub(lambda match: new.get(match[0], match[0]), value)
+        value = re.sub(r"(?<=^mlflow-artifacts:/)\d+", lambda at: str(places.get(int(at[0]), at[0])), renamed(value))
         return re.sub(rf"^{one}\.", f"{other}.", value)
 
     count = 0
     for table in tables.sorted_tables:
-        if table.name in ("experiments", "experiment_tags", "datasets"):
+        if table.name in ("experiments", "experiment_tags"):
             continue
         keys = [column for column in table.c if isinstance(column.type, sqlalchemy.String) and column.name != "value"]
         own = [column.in_(ids) for column in keys] + [
@@ -70,6 +72,12 @@ def give_same(connection: sqlalchemy.Connection, one: str, other: str, numbers: 
         if copies:
             connection.execute(table.insert(), copies)
             count += len(copies)
+    for old, place in places.items():
+        source = files / str(old)
+        for path in (each for each in source.rglob("*") if each.is_file()):
+            copy = files / str(place) / renamed(str(path.relative_to(source)))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.hardlink_to(path)
     return count
 
 
@@ -88,7 +96,8 @@ def main() -> None:
                 )
         numbers = experiments(site.settings)
         with connect(database_address(site.settings)) as connection:
-            rows = sum(give_same(connection, names[0], each, numbers) for each in names[1:])
+            files = site.settings.artifact_folder
+            rows = sum(give_same(connection, files, names[0], each, numbers) for each in names[1:])
             connection.commit()
         seconds = []
         for _ in range(3):

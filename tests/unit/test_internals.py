@@ -2,11 +2,13 @@
 
 from demo_lib import store
 from demo_lib.databases import make_store
+from demo_lib.exercises import evidence
 from demo_lib.store import own_name
 
 import mlflow
 import pytest
 import sqlalchemy
+from mlflow.entities import Metric
 
 from tests.tools.processes import mlflow_server
 
@@ -36,3 +38,27 @@ def test_a_new_store_has_mlflows_tables_and_no_open_connection(tmp_path):
         found = connection.scalar(sqlalchemy.text(f"SELECT name FROM pragma_index_list('{index}') WHERE origin = 'pk'"))
     engine.dispose()
     assert found == "sqlite_autoindex_latest_metrics_1"
+
+
+def test_histories_are_read_at_once_or_not_at_all_and_files_by_their_address(tmp_path, monkeypatch):
+    with mlflow_server(tmp_path) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        client, ids = mlflow.MlflowClient(), []
+        for values in ([0.5, float("nan"), float("-inf")], [1e-9] * 40):
+            run = client.create_run("0")
+            points = [Metric("loss/a b", value, 10 + step, step) for step, value in enumerate(values)]
+            client.log_batch(run.info.run_id, points)
+            client.log_text(run.info.run_id, "ten bytes.", "texts/a b.txt")
+            ids.append(run.info.run_id)
+        one_by_one = {each: client.get_metric_history(each, "loss/a b") for each in ids}
+        found = store.metric_histories(ids, "loss/a b")
+        (file,) = evidence.get_artifact_repository(run.info.artifact_uri).list_artifacts("texts")
+        monkeypatch.setattr(store, "POINTS", 43)
+        assert store.metric_histories(ids, "loss/a b") == {}
+    read, asked = (
+        [sorted((p.step, str(p.value), p.timestamp) for p in histories[each]) for each in ids]
+        for histories in (found, one_by_one)
+    )
+    assert read == asked and [*map(len, read)] == [3, 40]
+    assert (file.path, file.is_dir, file.file_size) == ("texts/a b.txt", False, 10)
