@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fields(add(_train, "train one model, tracked in MLflow"), TrainConfig)
     tune = add(_tune, "search for hyperparameters: one parent run, one child run a trial")
     tune.add_argument("--storage", metavar="URL", help="Optuna's database (default: store/optuna.db)")
+    tune.add_argument("--dask", metavar="ADDRESS", help="let the workers of this Dask scheduler do the trials")
     tune.add_argument("--join", metavar="STUDY", help="do trials of a study that has begun, here or on another machine")
     _add_fields(tune, TuneConfig)
     run = add(_run, "run lessons headless through papermill")
@@ -140,7 +141,7 @@ def _train(given: argparse.Namespace) -> None:
 
 def _tune(given: argparse.Namespace) -> None:
     if given.join is not None:
-        if given.config or TuneConfig.model_fields.keys() & vars(given).keys():
+        if given.config or given.dask or TuneConfig.model_fields.keys() & vars(given).keys():
             raise DemoError("--join takes the configuration from the study: leave out all options but --storage.")
         from demo_lib.ops.workers import join
 
@@ -148,7 +149,7 @@ def _tune(given: argparse.Namespace) -> None:
     config = _config(TuneConfig, given)
     from demo_lib.ops.workers import tune
 
-    run = tune(config, storage=given.storage)
+    run = tune(config, storage=given.storage, dask=given.dask)
     tags, metrics = run.data.tags, run.data.metrics
     _say(
         run,

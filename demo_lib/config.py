@@ -182,7 +182,7 @@ class TuneConfig(Config):
 
     study: str = Field("fashion", min_length=1, description="name of the study, by which it is resumed")
     trials: int = Field(10, ge=1, le=10_000, description="trials of the whole study, pruned ones included")
-    workers: int = Field(1, ge=1, le=64, description="processes that do trials at once")
+    workers: int = Field(1, ge=0, le=64, description="processes that do trials at once; 0: only those that join")
     max_channels: int = Field(16, ge=4, le=128, description="widest first convolution to try")
     train_images: int = Field(2_000, ge=200, le=60_000, description="images to train and validate on, at most")
     epochs: int = Field(3, ge=1, le=100, description="passes over the training images in each trial")

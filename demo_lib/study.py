@@ -1,6 +1,7 @@
 """An Optuna study that lasts: its storage, its parent run in MLflow, and what dead workers leave of it."""
 
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -57,12 +58,16 @@ def equip(study: optuna.Study, config: TuneConfig, alone: bool) -> None:
     study.sampler = TPESampler(n_startup_trials=5, multivariate=True, constant_liar=not alone, seed=seed)
 
 
+def storage_address(address: str | None = None) -> str:
+    """Return the whole address of the studies' storage, by default that of a SQLite file."""
+    address = address or settings().storage or sqlite_uri(settings().home / "store" / "optuna.db")
+    return sqlite_uri(database) if (database := sqlite_file(address)) else address
+
+
 def open_storage(address: str | None = None) -> RDBStorage:
     """Open the storage of studies at the address, by default a SQLite file; errors are those of `open_study`."""
-    address = address or settings().storage or sqlite_uri(settings().home / "store" / "optuna.db")
-    if database := sqlite_file(address):
-        address = sqlite_uri(database)
-    elif address.startswith("sqlite"):
+    address = storage_address(address)
+    if not (database := sqlite_file(address)) and address.startswith("sqlite"):
         raise DemoError(f"{address} lasts no longer than its process: name a file, or give {MEMORY!r}.")
     refuse_mlflow(address)
     try:
@@ -93,6 +98,7 @@ def parent_run(study: optuna.Study, config: TuneConfig, tags: dict[str, str]) ->
             log_config(config, exclude=CHANGEABLE)
             study.set_user_attr("parent_run_id", parent.info.run_id)
         study.set_user_attr("config", config.model_dump())
+        study.set_user_attr("stopped", False)
         yield parent
 
 
@@ -125,6 +131,34 @@ def done(study: optuna.Study) -> list[FrozenTrial]:
     """Return the trials that need not be tried again: completed, pruned, or failed by an error of their own."""
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     return [each for each in study.get_trials(deepcopy=False) if each.state in ended or "error" in each.user_attrs]
+
+
+def is_stopped(study: optuna.Study) -> bool:
+    """Whether the study was stopped by `stop` and does not go on yet."""
+    return study.user_attrs.get("stopped", False)
+
+
+def stop(study: optuna.Study, seconds: float = 30) -> None:
+    """Stop the study's workers, wherever they are, and wait for them: each looks once an epoch whether to go on."""
+    study.set_user_attr("stopped", True)
+    deadline = time.monotonic() + seconds
+    if running(study):
+        print("waiting for the trials of other workers to end; Ctrl-C again does not wait.")
+    while running(study) and time.monotonic() < deadline:
+        optuna.storages.fail_stale_trials(study)
+        time.sleep(0.2)
+
+
+def close_uncounted(study: optuna.Study) -> None:
+    """End as KILLED the finished child runs whose trials are not: a worker died after the one, before the other."""
+    counted = {
+        trial.user_attrs.get("run_id") for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    }
+    parent = mlflow.active_run().info
+    where = f"tags.mlflow.parentRunId = '{parent.run_id}' AND attributes.status = 'FINISHED'"
+    for run in mlflow.search_runs([parent.experiment_id], where, output_format="list"):
+        if run.info.run_id not in counted:
+            kill_run(run.info.run_id)
 
 
 def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:

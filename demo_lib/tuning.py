@@ -16,7 +16,17 @@ from demo_lib.config import DemoError, TrainConfig, TuneConfig
 from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
 from demo_lib.store import connect
-from demo_lib.study import MEMORY, done, open_study, parent_run, running, study_figures
+from demo_lib.study import (
+    MEMORY,
+    close_uncounted,
+    done,
+    is_stopped,
+    open_study,
+    parent_run,
+    running,
+    stop,
+    study_figures,
+)
 from demo_lib.tracking import log_model, provenance, truthful_status
 from demo_lib.training import evaluate, fit
 
@@ -32,6 +42,10 @@ Work = Callable[[optuna.Study, TuneConfig, FashionData], Generator[None]]  # doe
 
 class _Surplus(Exception):
     """Another worker took the study's last trial in the same moment."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Whoever began the study has interrupted it: a worker's trial ends as by Ctrl-C."""
 
 
 def suggest(trial: optuna.Trial, config: TuneConfig) -> TrainConfig:
@@ -52,7 +66,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     validation split, is scored once on the test split. A storage of MLflow's, a parent run that is gone, several
     workers without `work`, and a study without a completed trial are a DemoError.
     """
-    if config.workers > 1 and work is None:
+    if config.workers != 1 and work is None:
         raise DemoError(f"workers = {config.workers} are processes: call `tune` of demo_lib.ops.workers, or keep 1.")
     connect(experiment)
     study = open_study(config, storage)
@@ -63,6 +77,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
             _conclude(study, config, data)
     except KeyboardInterrupt:
         if storage != MEMORY:
+            stop(study)
             print(f"interrupted: the same command or call goes on with study {config.study!r} from here.")
         raise
     return mlflow.get_run(parent.info.run_id)
@@ -77,7 +92,12 @@ def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Gen
         return run_trial(trial, config, data, study.user_attrs["parent_run_id"])
 
     while len(done(study) + running(study)) < config.trials:
-        study.optimize(objective, n_trials=1, catch=Exception)
+        if is_stopped(study):
+            raise Stopped
+        try:
+            study.optimize(objective, n_trials=1, catch=Exception)
+        except UnboundLocalError as error:  # what Optuna makes of an interrupt while it records a trial
+            raise (error.__context__ or error) from None
         yield
 
 
@@ -118,6 +138,8 @@ def _fit_trial(trial: optuna.Trial, train: TrainConfig, data: FashionData) -> fl
         if record.weights:
             weights, best = record.weights, record.metrics["val_accuracy"]
         if "val_accuracy" in record.metrics:
+            if is_stopped(trial.study):
+                raise Stopped
             trial.report(record.metrics["val_accuracy"], record.epoch)
             if record.epoch < train.epochs and trial.should_prune():
                 return None
@@ -135,6 +157,7 @@ def _see_to_trials(study: optuna.Study, config: TuneConfig, data: FashionData, w
         while (before := count) < config.trials:
             with closing(work(study, config, data)) as working:
                 for _ in working:
+                    optuna.storages.fail_stale_trials(study)
                     bar.update(len(done(study)) - bar.n)
             count = len(done(study))
             if count == before and not running(study):
@@ -145,6 +168,7 @@ def _see_to_trials(study: optuna.Study, config: TuneConfig, data: FashionData, w
 
 def _conclude(study: optuna.Study, config: TuneConfig, data: FashionData) -> None:
     """Record the winner and the study's plots on the parent run; if the winner is new, test it and log its model."""
+    close_uncounted(study)
     if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
         raise DemoError("no trial was completed: the child runs have the errors.")
     run_id = (best := study.best_trial).user_attrs["run_id"]

@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in Flags.model_fields.items():  # the settings check their values
         default = str(field.get_default(call_default_factory=True)).replace("%", "%%")
         about = f"{field.description} (default: {default})" if default else field.description
-        flags.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about)
+        bare = {"nargs": "?", "const": True, "metavar": "true|false"} if field.annotation is bool else {}
+        flags.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=about, **bare)
 
     def add(to: argparse._SubParsersAction, name: str, do: Callable, text: str) -> argparse.ArgumentParser:
         command = to.add_parser(name, help=text, description=text, parents=[flags], allow_abbrev=False)

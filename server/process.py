@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -32,6 +32,7 @@ from server.database import (
     stop_postgres,
 )
 from server.settings import PREFIX, ServerSettings
+from server.studies import refuse_studies
 
 HERE = ("127.0.0.1", "localhost")
 START_SECONDS = 90  # for the first start on a slow machine, which makes the tables
@@ -46,7 +47,7 @@ ENDS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if has
 
 def command(settings: ServerSettings) -> list[str]:
     """Return the arguments of `mlflow`; what is secret goes by the environment, which other users can't see."""
-    here = [f"{name}:{settings.port}" for name in HERE]
+    here = list(dict.fromkeys([*(f"{name}:{settings.port}" for name in HERE), settings.url.removeprefix("http://")]))
     proxied = [name.strip() for name in settings.hosts.split(",") if name.strip()]
     hosts = [*HERE, *here, *proxied]  # exact ones: MLflow's default 10.* would also match 10.evil.example
     origins = [f"http://{each}" for each in here] + [f"https://{each}" for each in proxied]
@@ -96,7 +97,10 @@ def refuse(settings: ServerSettings) -> None:
         raise DemoError(f"host {settings.host} lets others in without accounts: use --profile workshop or 127.0.0.1.")
     if read_state(settings) is not None:
         raise DemoError(f"a server already runs in {settings.folder}: use it, or end it with `python -m server stop`.")
+    refuse_studies(settings)
     refuse_port(settings.host, settings.port, "choose another --port or --host")
+    if settings.studies and own_postgres(settings) is None:
+        refuse_port(settings.host, settings.studies_port, "choose another --studies-port or --host")
     make_folders(settings)
 
 
@@ -104,8 +108,8 @@ def refuse(settings: ServerSettings) -> None:
 def running(settings: ServerSettings, say: Say = quiet) -> Iterator["Server"]:
     """Run the server until the block ends, from when it answers; a `DemoError` if it is refused or does not answer."""
     refuse(settings)
-    with database(settings, say) as (address, postgres):
-        server = Server(settings, address, postgres)
+    with database(settings, say) as (address, start_postgres):
+        server = Server(settings, address, start_postgres)
         try:
             say("starting MLflow (its first start makes the tables) ...")
             if (file := sqlite_file(address)) and not file.exists():
@@ -124,8 +128,8 @@ def running(settings: ServerSettings, say: Say = quiet) -> Iterator["Server"]:
 class Server:
     """A `mlflow server` and what it needs to be started again."""
 
-    def __init__(self, settings: ServerSettings, address: str, postgres: object) -> None:
-        self.settings, self.address, self.postgres = settings, address, postgres
+    def __init__(self, settings: ServerSettings, address: str, start_postgres: Callable[[], None] | None) -> None:
+        self.settings, self.address, self.start_postgres = settings, address, start_postgres
         self.process: psutil.Popen | None = None
 
     def start(self) -> None:
@@ -168,11 +172,11 @@ class Server:
         while True:
             with suppress(psutil.TimeoutExpired):
                 self.process.wait(1)
-            if self.postgres is not None and own_postgres(self.settings) is None:
+            if self.start_postgres is not None and own_postgres(self.settings) is None:
                 show("PostgreSQL ended: starting it again.")
                 try:
                     forget_other_process(self.settings)
-                    self.postgres.ensure_postgres_running()
+                    self.start_postgres()
                 except Exception as error:  # such as old processes of it that still hold its memory
                     show(f"PostgreSQL does not start yet ({type(error).__name__}): trying again.")
             if self.process.poll() is not None:

@@ -5,7 +5,8 @@ import uuid
 from functools import partial
 from typing import Any
 
-from demo_lib.config import DemoError
+from demo_lib.config import DemoError, without_login
+from demo_lib.databases import connect
 from demo_lib.ops.processes import Finding, examine_all
 
 import requests
@@ -14,6 +15,7 @@ from server.client import call
 from server.database import check_database, database_address, folders
 from server.process import LOG, read_state
 from server.settings import ServerSettings
+from server.studies import studies_address
 
 SECONDS = 6  # for each request: all checks run at once, and a server that hangs is to be named within 15 s
 SEARCH, ARTIFACTS = "/api/2.0/mlflow/experiments/search", "/api/2.0/mlflow-artifacts/artifacts"
@@ -25,6 +27,8 @@ def examine(settings: ServerSettings) -> list[Finding]:
     checks = {"process": _process, "database": _database, "queries": _queries, "artifacts": _artifacts, "disk": _disk}
     if settings.accounts:
         checks["accounts"] = _accounts
+    if settings.studies:
+        checks["studies"] = _studies
     return examine_all({name: partial(check, settings) for name, check in checks.items()}, 2 * SECONDS)
 
 
@@ -73,6 +77,18 @@ def _accounts(settings: ServerSettings) -> str:
     fix = "the server answers without a password: stop it, and look at its settings"
     _ask(settings, 401, fix, "POST", SEARCH, json={"max_results": 1}, nobody=True)
     return "nobody gets in without a password"
+
+
+def _studies(settings: ServerSettings) -> str:
+    address = studies_address(settings)
+    try:
+        with connect(address):
+            return f"{without_login(address)} answers, for `tune --storage`"
+    except DemoError:
+        raise
+    except Exception as error:
+        what = f"Optuna's database {without_login(address)} does not let workers in"
+        raise DemoError(f"{what} ({without_login(str(error)).partition(chr(10))[0]}): start again.") from None
 
 
 def _ask(settings: ServerSettings, status: int, fix: str, method: str, path: str, **options: Any) -> requests.Response:

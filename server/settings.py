@@ -69,6 +69,8 @@ class Flags(BaseModel, frozen=True):
     workers: int = Field(0, ge=0, le=32, description="server processes; 0 is 1 with local and 2 with workshop")
     pool_size: int = Field(20, ge=1, le=200, description="open database connections a worker keeps")
     max_overflow: int = Field(80, ge=0, le=400, description="database connections a worker may open besides")
+    studies: bool = Field(False, description="let Optuna's workers in to a database of the workshop's PostgreSQL")
+    studies_port: int = Field(5432, ge=1, le=65535, description="port for them")
     admin_name: str = Field("admin", min_length=1, description="name of the administrator's account")
 
 
@@ -78,6 +80,7 @@ class ServerSettings(Flags, frozen=True):
     database: Annotated[SecretStr, AfterValidator(_known)] | None = None
     admin_password: SecretStr | None = None
     secret_key: SecretStr | None = None
+    studies_password: SecretStr | None = None
 
     @property
     def hidden(self) -> list[str]:
@@ -121,7 +124,8 @@ class ServerSettings(Flags, frozen=True):
     @property
     def max_connections(self) -> int:
         """What PostgreSQL must allow: each worker has one pool for MLflow and one for accounts, and some are left."""
-        return 2 * self.worker_count * (self.pool_size + self.max_overflow) + 20
+        studies = 100 if self.studies else 0
+        return 2 * self.worker_count * (self.pool_size + self.max_overflow) + 20 + studies
 
 
 class _FromEnvironment(ServerSettings, BaseSettings):

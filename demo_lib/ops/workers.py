@@ -1,18 +1,22 @@
 """A study whose trials are done by several processes at once; each is a command that joins the study."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from demo_lib import tuning
-from demo_lib.config import DemoError, TuneConfig, settings, tracking_uri
+from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, tracking_uri
 from demo_lib.data import load_data
 from demo_lib.ops.processes import OwnedProcess
 from demo_lib.store import close_stale_runs, open_store
-from demo_lib.study import MEMORY, done, equip, open_storage, return_to, running
+from demo_lib.study import MEMORY, done, equip, is_stopped, open_storage, return_to, running, storage_address
 from demo_lib.tracking import terminable
 
 import joblib
@@ -20,42 +24,48 @@ import mlflow
 import optuna
 from mlflow.entities import Run
 
+if TYPE_CHECKING:
+    from distributed import Client
 
-def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = None) -> Run:
-    """Do as `tuning.tune`, with `config.workers` processes; several can't share a study in memory."""
-    if config.workers == 1:
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = None, dask: str | None = None) -> Run:
+    """Do as `tuning.tune`, with `config.workers` processes: here or, by a scheduler's address, on a Dask cluster.
+
+    With 0 workers it begins the study, and all trials are those of workers that `join` it.
+
+    The cluster's machines need this project and a storage and a tracking server that they reach. They get the addresses
+    of both and the login to the server, by Dask's own connections. A study in memory, which processes can't share, a
+    cluster that does not answer, and Dask not being installed are a DemoError.
+    """
+    if config.workers == 1 and dask is None:
         return tuning.tune(config, experiment, storage)
+    if dask and not config.workers:
+        raise DemoError("--dask starts as many workers as --workers says: give 1 or more.")
     if storage == MEMORY:
         raise DemoError("a study in memory can't be shared by processes: keep 1 worker, or give another storage.")
-    command = [sys.executable, "-m", "demo_lib", "tune", "--join", config.study]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // config.workers)),
-        "MLFLOW_TRACKING_URI": tracking_uri(),
-        "DEMO_HOME": str(settings().home),
-        "DEMO_STORAGE": storage or settings().storage,  # not on the command line: it may hold a password
-    }
+    # Not on the command line: it may hold a password.
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri(), "DEMO_STORAGE": storage_address(storage)}
 
     def work(study: optuna.Study, config: TuneConfig, data: object) -> Generator[None]:
         count = min(config.workers, config.trials - len(done(study) + running(study)))
-        workers = [OwnedProcess(command, subprocess.DEVNULL, environment) for _ in range(count)]
-        try:
-            while any(worker.exit_code is None for worker in workers):
-                time.sleep(0.3)
-                optuna.storages.fail_stale_trials(study)
-                yield
-        finally:
-            with ThreadPoolExecutor() as pool:  # all at once: each has its trial's run to close
-                list(pool.map(OwnedProcess.stop, workers))
-            # A worker that was stopped in `mlflow.start_run` has a run that its trial does not know.
-            close_stale_runs([mlflow.active_run().info.experiment_id])
+        if not config.workers:
+            yield from _wait_for_others(study, config)
+        elif client:
+            yield from _work_on_cluster(client, study.study_name, count, environment)
+        else:
+            yield from _work_here(study.study_name, count, environment)
 
-    return tuning.tune(config, experiment, storage, work)
+    with ExitStack() as stack:
+        client = stack.enter_context(_cluster(dask)) if dask else None
+        return tuning.tune(config, experiment, storage, work)
 
 
 def join(name: str, storage: str | None = None) -> None:
     """Do trials of a study that `tune` has begun, here or on another machine, until it has its number of them.
 
-    A study that nobody has begun, or whose parent run is gone, is a DemoError.
+    A study that nobody has begun or that was stopped, or whose parent run is gone, is a DemoError.
     """
     open_store()
     try:
@@ -63,7 +73,88 @@ def join(name: str, storage: str | None = None) -> None:
         config, parent_run_id = TuneConfig(**study.user_attrs["config"]), study.user_attrs["parent_run_id"]
     except KeyError:
         raise DemoError(f"no study {name!r} has begun: begin it with `tune --study`, or correct --storage.") from None
+    if is_stopped(study):
+        raise DemoError(f"study {name!r} was interrupted: `tune --study {name}` goes on with it, then join again.")
     equip(study, config, alone=False)
     return_to(parent_run_id)
     with terminable():
         list(tuning.do_trials(study, config, load_data(config.train_config())))
+
+
+def join_elsewhere(name: str, environment: dict[str, str], host: str) -> str:
+    """Join the study by a command, on a cluster's machine, and return what it said last if it failed.
+
+    `host` is the machine that has the study's files, if it has any.
+    """
+    here, files = (
+        socket.gethostname(),
+        map(sqlite_file, (environment["DEMO_STORAGE"], environment["MLFLOW_TRACKING_URI"])),
+    )
+    if here != host and any(files):
+        return f"{here} can't open a file of {host}: give --storage a PostgreSQL, and MLFLOW_TRACKING_URI a server."
+    with tempfile.TemporaryFile() as said:
+        with OwnedProcess(_command(name), said, os.environ | environment) as worker:
+            while worker.exit_code is None:
+                time.sleep(0.3)
+        said.seek(0)
+        last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
+    return f"{here}: {last or f'exit code {worker.exit_code}'}" if worker.exit_code else ""
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", "demo_lib", "tune", "--join", name]
+
+
+def _wait_for_others(study: optuna.Study, config: TuneConfig) -> Iterator[None]:
+    print(f"waiting for workers: `python -m demo_lib tune --join {study.study_name}`", flush=True)
+    while len(done(study)) < config.trials:
+        time.sleep(0.3)
+        yield
+
+
+def _work_here(name: str, count: int, environment: dict[str, str]) -> Iterator[None]:
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // count))
+    given = os.environ | environment | {"OMP_NUM_THREADS": threads, "DEMO_HOME": str(settings().home)}
+    workers = [OwnedProcess(_command(name), subprocess.DEVNULL, given) for _ in range(count)]
+    try:
+        while any(worker.exit_code is None for worker in workers):
+            time.sleep(0.3)
+            yield
+    finally:
+        with ThreadPoolExecutor() as pool:  # all at once: each has its trial's run to close
+            list(pool.map(OwnedProcess.stop, workers))
+        # A worker that was stopped in `mlflow.start_run` has a run that its trial does not know.
+        close_stale_runs([mlflow.active_run().info.experiment_id])
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator["Client"]:
+    try:
+        from distributed import Client
+    except ModuleNotFoundError:
+        raise DemoError("Dask is not installed: `pip install -e '.[dask]'` in this project's environment.") from None
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DemoError(f"no Dask scheduler answers at {address} ({reason}): start it, or correct --dask.") from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            print(f"the Dask scheduler at {address} has no workers yet: the trials wait for them.", flush=True)
+        yield client
+
+
+def _work_on_cluster(client: "Client", name: str, count: int, environment: dict[str, str]) -> Iterator[None]:
+    login = {name: os.environ[name] for name in LOGIN if name in os.environ}
+    given = (name, environment | login, socket.gethostname())
+    tasks = [client.submit(join_elsewhere, *given, pure=False) for _ in range(count)]
+    try:
+        while not all(task.done() for task in tasks):
+            time.sleep(0.3)
+            yield
+        lost = "the scheduler, or the connection to it, is gone"
+        said = {lost if task.cancelled() else str(task.exception() or task.result()) for task in tasks}
+        for problem in sorted(said - {""}):
+            print(f"a worker failed: {problem}")
+    finally:
+        client.cancel(tasks)  # only those that have not begun: `stop` of the study ends the others
