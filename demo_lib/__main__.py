@@ -3,7 +3,6 @@
 import argparse
 import io
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -22,9 +21,7 @@ from demo_lib.config import (
     tracking_uri,
     without_login,
 )
-
-# How to start this Python again: `make` does not activate the environment.
-PYTHON = "python" if shutil.which("python") == sys.executable else sys.executable
+from demo_lib.ops.processes import PYTHON
 
 STORES = ("mlflow", "optuna", "sqlalchemy")  # packages whose errors are the store's, not this code's
 
@@ -81,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "-p", "--param", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter"
     )
     run.add_argument("--output", type=Path, metavar="DIR", help="folder for executed notebooks (default: build)")
+    run.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE",
+        help="YAML file: a list of sets of parameters, or lists of values for all combinations; each set is one run",
+    )
+    run.add_argument("--resume", metavar="BATCH_ID", help="go on with a batch that was interrupted or failed")
     add(_plot, "draw a run's loss curve and log it to the run", of_run)
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
@@ -161,16 +165,27 @@ def _tune(given: argparse.Namespace) -> None:
 def _run(given: argparse.Namespace) -> int:
     from demo_lib.ops import batch
 
-    params = (read_yaml(given.file) if given.file else {}) | dict(given.param)
-    output = given.output or settings().home / "build"
-    jobs = batch.plan(given.lessons, params, output)
-    try:
-        batch.run(jobs, given.jobs)
-    finally:
-        if any(job.status != "NOT RUN" for job in jobs):
-            print(batch.table(jobs))
-    print(f"\nThe executed notebooks are in {output}. See the runs in MLflow: {PYTHON} -m demo_lib ui")
-    return 0 if all(job.status == "FINISHED" for job in jobs) else 1
+    if given.resume is not None:
+        if given.lessons or given.param or given.file or given.sweep or given.output:
+            raise DemoError("--resume takes all from the batch: leave out everything but --jobs.")
+        done = batch.resume(given.resume, given.jobs)
+    else:
+        batch.run(done := _jobs(given), given.jobs)
+    folder = os.path.commonpath([job.output.parent for job in done])
+    print(f"\nThe executed notebooks are in {folder}. See the runs in MLflow: {PYTHON} -m demo_lib ui")
+    return 0 if all(job.status == "FINISHED" for job in done) else 1
+
+
+def _jobs(given: argparse.Namespace) -> list:
+    from demo_lib.ops.jobs import plan, read_sets, sweep
+
+    params, output = read_yaml(given.file) if given.file else {}, given.output or settings().home / "build"
+    if given.sweep is None:
+        return plan(given.lessons, params | dict(given.param), output)
+    sets = read_sets(given.sweep)
+    if twice := [name for name, _ in given.param if any(name in each for each in sets)]:
+        raise DemoError(f"{given.sweep} gives {twice[0]}, too: leave out -p {twice[0]}, or take it out of the sets.")
+    return sweep(given.lessons, sets, params | dict(given.param), output)
 
 
 def _plot(given: argparse.Namespace) -> None:

@@ -111,8 +111,7 @@ def settings() -> Settings:
 def tracking_uri() -> str:
     """Return the address of the store: `MLFLOW_TRACKING_URI`, else the SQLite file; SQLite paths made absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or sqlite_uri(settings().home / "store" / "mlflow.db")
-    database = sqlite_file(uri)
-    return uri if database is None else sqlite_uri(database)
+    return uri if (database := sqlite_file(uri)) is None else sqlite_uri(database)
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -196,12 +195,17 @@ class TuneConfig(Config):
         return TrainConfig(**self.model_dump(include=set(TrainConfig.model_fields)) | suggested)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of `name: value` lines; a file that can't be read or is no such mapping is a DemoError."""
+def load_yaml(path: str | Path) -> Any:
+    """Return what a YAML file holds; one that can't be read is a DemoError."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DemoError(f"{path} can't be read as YAML ({' '.join(str(error).split())}): correct it.") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of `name: value` lines; a file that can't be read or is no such mapping is a DemoError."""
+    values = load_yaml(path) or {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise DemoError(f"{path} must hold one `name: value` a line, each name a word.")
     return values

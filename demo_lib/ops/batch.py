@@ -1,239 +1,211 @@
-"""Run lessons headless through papermill: checked first, in parallel, tracked in MLflow, with a report that is true."""
+"""Run lessons headless through papermill: in parallel, tracked in MLflow, with a report that is true.
 
+A batch is one parent run with a child run for each job. Its plan is the parent's artifact `batch.json` before the first
+job starts, and the parent's run id is the batch's: by it `resume` goes on with a batch that ended in whatever way.
+"""
+
+import csv
+import io
 import json
-import logging
 import os
-import subprocess
-import time
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from demo_lib.config import LESSONS, DemoError, lessons, settings, tracking_uri, whole_file
+from demo_lib.config import DemoError, settings, tracking_uri
+from demo_lib.identity import lives
+from demo_lib.ops.execution import Batch, Kernels, reopen, run_job
+from demo_lib.ops.jobs import Job, dump, load, refuse_changed
+from demo_lib.ops.processes import PYTHON
 
 import joblib
-import nbformat
-import papermill as pm
-from jupyter_client import KernelManager
-from jupyter_client.kernelspec import KernelSpecManager
-from pydantic import TypeAdapter, ValidationError
+from filelock import FileLock
 
-logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it says of an error is in the report
-TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
-
-@dataclass
-class Job:
-    """One lesson of a batch: what to run with which parameters, and what came of it."""
-
-    lesson: str
-    notebook: Path
-    params: dict[str, Any]
-    output: Path
-    status: str = "NOT RUN"  # then RUNNING and, as MLflow calls them, FINISHED, FAILED or KILLED
-    seconds: float = 0.0
-    error: str = ""
-    interrupted: bool = False
-    kernel: KernelManager | None = None
-
-    def stop_kernel(self) -> None:
-        """End the kernel if there is one: after its exit handlers have run or, if the job is interrupted, at once."""
-        kernel, self.kernel = self.kernel, None
-        if kernel is not None:
-            kernel.shutdown_kernel(now=self.interrupted or not kernel.is_alive())
-
-    def fail(self, error: str) -> None:
-        """Note the first reason why the job did not finish; interrupted, it was killed whatever error that caused."""
-        self.status = "KILLED" if self.interrupted else "FAILED"
-        self.error = "interrupted." if self.interrupted else self.error or error
-
-
-def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[Job]:
-    """Return one job a lesson, all lessons if none is named, each with those of the parameters that it declares.
-
-    A name is a lesson's number, file stem or path. Values may be text, as a command line gives them. An unknown lesson,
-    a parameter that no chosen lesson declares, a value that is not allowed, and executed notebooks that would replace
-    each other, or a notebook that is to be executed, are a DemoError.
-    """
-    notebooks = list(dict.fromkeys(_find(name) for name in names)) or lessons()
-    outputs = [output.resolve() / notebook.name for notebook in notebooks]
-    if lost := set(outputs) & {*notebooks, *LESSONS.glob("*.ipynb")}:
-        raise DemoError(f"{min(lost)} would be overwritten: choose another --output.")
-    small = [each.name.lower() for each in outputs]  # macOS and Windows take a.ipynb and A.ipynb for one
-    if twice := [name for name in small if small.count(name) > 1]:
-        raise DemoError(f"two of the notebooks are called {twice[0]}: run them apart, each with another --output.")
-    declared = {}
-    for notebook in notebooks:
-        try:
-            declared[notebook] = pm.inspect_notebook(notebook)
-        except Exception as error:  # of JSON, of nbformat, of papermill
-            raise DemoError(
-                f"{notebook} is no notebook ({type(error).__name__}: {str(error)[:200]}): correct it."
-            ) from None
-    known = {name: inferred["inferred_type_name"] for each in declared.values() for name, inferred in each.items()}
-    values = {}
-    for name, value in params.items():
-        if name not in known:
-            raise DemoError(f"no chosen lesson has a parameter {name!r}; they have: {', '.join(known) or 'none'}.")
-        try:
-            values[name] = TypeAdapter(TYPES.get(known[name], Any)).validate_python(value)
-            json.dumps(values[name], allow_nan=False)  # as it will be in the notebook
-        except (ValidationError, TypeError, ValueError):
-            what = {"float": "float, not nan or inf", "None": "text, number, list or mapping"}
-            kind = known[name]
-            raise DemoError(f"parameter {name} = {value!r} must be of type {what.get(kind, kind)}.") from None
-    jobs = []
-    for notebook, inferred in declared.items():
-        own = {name: values[name] for name in inferred if name in values}
-        jobs.append(Job(notebook.stem, notebook, own, output / notebook.name))
-    return jobs
+PLAN, TABLE = "batch.json", "jobs.csv"
 
 
 def run(jobs: Sequence[Job], workers: int = 0) -> None:
-    """Run the jobs, `workers` at a time (0: one a core), tracked in the experiment `batch`.
+    """Run the jobs, `workers` at a time (0: one a core), tracked in the experiment `batch`, and print their table.
 
     Each job's `status`, `seconds` and `error` tell what came of it. Ctrl-C and SIGTERM end the kernels, and all runs as
-    KILLED; the exception goes on. A folder for the executed notebooks that can't be made is a DemoError.
+    KILLED; the exception goes on. A folder for an executed notebook that can't be made is a DemoError.
     """
     from demo_lib.store import connect
     from demo_lib.tracking import provenance, truthful_status
 
     import mlflow
 
-    folder = jobs[0].output.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"the folder {folder} can't be made ({error.strerror}): choose another --output.") from None
-    workers = min(max(workers, 0) or joblib.cpu_count(), len(jobs))
-    environment = _environment(workers)
+    _make_folders(jobs)
     connect("batch")
-    tags = provenance() | {"batch_id": environment["DEMO_BATCH_ID"]}
-    with mlflow.start_run(run_name=f"batch of {len(jobs)}", tags=tags) as parent, truthful_status():
-        mlflow.log_params({"lessons": " ".join(job.lesson for job in jobs), "workers": workers})
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(_run_child, job, parent.info.run_id, tags, environment) for job in jobs]
-            try:
-                while wait(futures, timeout=1).not_done:  # Windows delivers Ctrl-C only between waits
-                    pass
-            except BaseException:
-                for job in jobs:
-                    job.interrupted = True
-                    job.stop_kernel()
-                raise
-        for future in futures:
-            future.result()
-        failed = sum(job.status != "FINISHED" for job in jobs)
-        mlflow.log_metric("failed_lessons", failed)
-        if failed:
-            mlflow.end_run("FAILED")
+    with mlflow.start_run(run_name=f"batch of {len(jobs)}", tags=provenance()) as parent, truthful_status():
+        mlflow.set_tag("batch_id", parent.info.run_id)
+        mlflow.log_dict(dump(jobs), PLAN)
+        lessons = " ".join(dict.fromkeys(job.notebook.stem for job in jobs))
+        mlflow.log_params({"lessons": lessons, "jobs": len(jobs)})
+        _work(parent, jobs, workers)
+
+
+def resume(batch_id: str, workers: int = 0) -> list[Job]:
+    """Do the jobs of a batch that have not finished, in the same runs, as `run` does; return all its jobs.
+
+    `batch_id` is the parent's run id, or its first digits. A run that is no batch, a batch that still runs, and a
+    notebook that has changed since are a DemoError.
+    """
+    from demo_lib.runs import find_run
+    from demo_lib.store import close_stale_runs, open_store
+    from demo_lib.tracking import provenance, truthful_status
+
+    import mlflow
+
+    open_store()
+    run_id = find_run(batch_id).info.run_id
+    os.environ.pop("MLFLOW_RUN_ID", None)  # of a run that `mlflow run` opened, in which MLflow would go on
+    folder = settings().home / "store"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".resume.lock", timeout=60):  # two would both find that nobody runs it
+        parent = mlflow.get_run(run_id)
+        mlflow.set_experiment(experiment_id=parent.info.experiment_id)
+        jobs = _planned(parent)
+        _refuse_running(parent)
+        _recall(parent, jobs)
+        if parent.info.status == "FINISHED":
+            print(f"batch {run_id} is finished: nothing is left to do.", table(jobs), sep="\n")
+            return jobs
+        refuse_changed(_left(jobs))
+        _make_folders(_left(jobs))
+        reopen(run_id, {"process": provenance()["process"]})
+    close_stale_runs([parent.info.experiment_id])
+    with mlflow.start_run(run_id), truthful_status():
+        _work(parent, jobs, workers)
+    return jobs
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """Return the report of a batch as text: lesson, status and seconds, then the errors."""
-    width = max(len(job.lesson) for job in jobs)
-    lines = [f"{job.lesson:{width}}  {job.status:8}  {job.seconds:7.1f}" for job in jobs]
-    errors = [f"\n{job.lesson}: {job.error}" for job in jobs if job.error]
-    return "\n".join([f"{'lesson':{width}}  status    seconds", *lines, *errors])
+    """Return the report of a batch as text: what tells the jobs apart, status and seconds, then the errors."""
+    header, *rows = _rows(jobs)
+    shown = [[*header[:-1]], *([*map(str, row[:-2]), f"{row[-2]:.1f}"] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    return "\n".join([*lines, *(f"\n{job.name}: {job.error}" for job in jobs if job.error)])
 
 
-def _find(name: str) -> Path:
-    if Path(name).suffix == ".ipynb" and Path(name).is_file():
-        return Path(name).resolve()
-    for notebook in lessons():
-        if name in (notebook.stem, notebook.name, notebook.stem.split("_")[0]):
-            return notebook
-    raise DemoError(f"there is no lesson {name!r}; there are: {', '.join(path.stem for path in lessons())}.")
+def _rows(jobs: Sequence[Job]) -> list[list[Any]]:
+    """Return the table's header and its rows."""
+    names = list(dict.fromkeys(name for job in jobs for name in job.apart))
+    header = [*names, "status", "seconds", "error"]
+    return [
+        header,
+        *([*(job.apart.get(name, "") for name in names), job.status, job.seconds, job.error] for job in jobs),
+    ]
 
 
-def _environment(workers: int) -> dict[str, str]:
-    """Return the environment of the kernels, which says that their runs are this batch's."""
-    return os.environ | {
+def _work(parent: "Run", jobs: Sequence[Job], workers: int) -> None:
+    """Run the jobs that have not finished, in the active run, which is their parent, and record what came of all."""
+    import mlflow
+
+    run_id = parent.info.run_id
+    again = f"{PYTHON} -m demo_lib run --resume {run_id}"
+    print(f"batch {run_id}", flush=True)
+    try:
+        _run_all(run_id, _left(jobs), workers)
+        failed = len(_left(jobs))
+        mlflow.log_metric("failed_lessons", failed)
+        mlflow.log_text(_csv(jobs), TABLE)
+        if failed:
+            mlflow.end_run("FAILED")
+    except KeyboardInterrupt:
+        print(f"interrupted: `{again}` goes on from here.", flush=True)
+        raise
+    finally:
+        print(table(jobs), flush=True)
+    if failed:
+        print(f"\nTo try again what failed: {again}")
+
+
+def _run_all(run_id: str, jobs: Sequence[Job], workers: int) -> None:
+    from demo_lib.tracking import provenance
+
+    workers = min(max(workers, 0) or joblib.cpu_count(), max(len(jobs), 1))
+    batch, kernels = Batch(run_id, provenance() | {"batch_id": run_id}, _variables(run_id, workers)), Kernels()
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run_job, job, batch, kernels) for job in jobs]
+        try:
+            while wait(futures, timeout=1).not_done:  # Windows delivers Ctrl-C only between waits
+                pass
+        except BaseException:
+            kernels.end_all()
+            raise
+    for future in futures:
+        future.result()
+
+
+def _variables(run_id: str, workers: int) -> dict[str, str]:
+    """Return the variables of the kernels, which say that their runs are this batch's."""
+    return {
         "MLFLOW_RUN_ID": "",  # a run that `mlflow run` opened is the batch's, not a lesson's
         "MLFLOW_TRACKING_URI": tracking_uri(),  # absolute: a kernel works in the notebook's folder
         "DEMO_HOME": str(settings().home),
-        "DEMO_BATCH_ID": uuid.uuid4().hex,
+        "DEMO_BATCH_ID": run_id,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // workers)),
     }
 
 
-def _run_child(job: Job, parent_run_id: str, tags: dict[str, str], environment: dict[str, str]) -> None:
-    """Run one lesson as a child run of the batch that ends with the lesson's status."""
-    from demo_lib.store import close_stale_runs, own_name
+def _make_folders(jobs: Sequence[Job]) -> None:
+    for folder in {job.output.parent for job in jobs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DemoError(f"the folder {folder} can't be made ({error.strerror}): choose another --output.") from None
 
+
+def _left(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if job.status != "FINISHED"]
+
+
+def _planned(parent: "Run") -> list[Job]:
+    """Return the jobs as they were planned; a run that has no plan is a DemoError."""
     import mlflow
 
-    if job.interrupted:
-        return
-    with mlflow.start_run(run_name=job.lesson, parent_run_id=parent_run_id, tags=tags):
-        mlflow.log_params(job.params)
-        with TemporaryDirectory() as folder:
-            executed = Path(folder, job.output.name)
-            _execute(job, executed, environment)
-            _keep(job, executed)
-        mlflow.log_metric("seconds", job.seconds)
-        if job.error:
-            mlflow.set_tag("error", job.error[:5000])
-        mlflow.end_run(job.status)
-    if job.status != "FINISHED" and (experiment := mlflow.get_experiment_by_name(own_name(job.lesson))):
-        close_stale_runs([experiment.experiment_id])
-    print(f"{job.lesson}: {job.status.lower()} in {job.seconds:.1f} s", flush=True)
+    run_id, above = parent.info.run_id, parent.data.tags.get("mlflow.parentRunId")
+    if PLAN in {each.path for each in mlflow.artifacts.list_artifacts(run_id=run_id)}:
+        with suppress(ValueError):  # it was killed while it wrote
+            return load(json.loads(mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/{PLAN}")))
+    todo = f"give its parent's id, {above}" if above else "if it was killed before its first job, begin it again"
+    raise DemoError(f"run {run_id} is no batch, or has no plan of its jobs: {todo}.")
 
 
-def _execute(job: Job, executed: Path, environment: dict[str, str]) -> None:
-    job.status, started = "RUNNING", time.monotonic()
-    # A kernel of our own, as papermill's can't be ended; asynchronous, or nbclient would not see that it died.
-    client = "jupyter_client.asynchronous.AsyncKernelClient"
-    here = KernelSpecManager(kernel_dirs=[])  # this Python's: another one's may be installed by the same name
-    kernel = KernelManager(
-        kernel_name="python3", kernel_spec_manager=here, client_class=client, transport_encryption="auto"
-    )
-    said = (executed.parent / "stderr").open("w+", errors="replace")  # the notebook has what its cells print
-    given = {"env": environment, "cwd": str(job.notebook.parent), "stdout": subprocess.DEVNULL, "stderr": said}
-    try:
-        kernel.start_kernel(extra_arguments=["--HistoryManager.hist_file=:memory:"], **given)
-        job.kernel = kernel
-        if job.interrupted:  # meanwhile
-            raise InterruptedError
-        pm.execute_notebook(job.notebook, executed, job.params, kernel_name="python3", km=kernel, progress_bar=False)
-        job.status = "FINISHED"
-    except pm.PapermillExecutionError as error:
-        job.fail(f"cell [{error.exec_count}] failed with {error.ename}: {error.evalue}")
-    except Exception as error:  # such as that the kernel died
-        said.seek(0)
-        last = said.read().strip().rpartition("\n")[2]
-        job.fail(f"{type(error).__name__}: {error}" + f"; the kernel's last line: {last[:500]}" * bool(last))
-    finally:
-        job.stop_kernel()
-        said.close()
-        job.seconds = time.monotonic() - started
+def _refuse_running(parent: "Run") -> None:
+    process = parent.data.tags.get("process", "")
+    if parent.info.status == "RUNNING" and (alive := lives(process)) is not False:
+        what = (
+            f"batch {parent.info.run_id} still runs, in process {process.split(':')[-2]}: wait for its end, or end it"
+        )
+        if alive is None:
+            host, end = process.partition(":")[0], f"MlflowClient().set_terminated('{parent.info.run_id}', 'KILLED')"
+            what = (
+                f"batch {parent.info.run_id} may still run on {host}: resume it there or, if that is gone, call {end}"
+            )
+        raise DemoError(f"{what}.")
 
 
-def _keep(job: Job, executed: Path) -> None:
-    """Write the executed notebook, also a failed one, and its HTML page to their place, and log the notebook.
-
-    One of which no cell ran, as without a kernel, shows nothing: it replaces no earlier one.
-    """
+def _recall(parent: "Run", jobs: Sequence[Job]) -> None:
+    """Note in each job what came of it before, as its child run has it."""
     import mlflow
-    from nbconvert import HTMLExporter
-    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-    try:
-        notebook = nbformat.read(executed, as_version=4)
-        if job.error and not any(cell.get("execution_count") for cell in notebook.cells):
-            return
-        notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # of a progress bar, its end
-        # A code cell's metadata `alt` is the alternative text of its image: of the templates only `classic` knows it.
-        exporter, beside = HTMLExporter(embed_images=True, template_name="classic"), {"path": str(job.notebook.parent)}
-        page, _ = exporter.from_notebook_node(notebook, {"metadata": beside})
-        nbformat.write(notebook, executed)
-        mlflow.log_artifact(str(executed))  # not job.output, to which another batch may write at the same time
-        for suffix, content in {".html": page, ".ipynb": nbformat.writes(notebook)}.items():
-            with whole_file(job.output.with_suffix(suffix)) as partial:
-                partial.write_text(content, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        job.fail(f"its executed notebook could not be kept: {error}")
+    nested = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    for child in mlflow.search_runs([parent.info.experiment_id], nested, output_format="list"):
+        if (number := child.data.tags.get("job", "")).isdecimal():
+            job = jobs[int(number)]
+            job.run_id, job.error = child.info.run_id, child.data.tags.get("error", "")
+            job.status = "KILLED" if child.info.status == "RUNNING" else child.info.status
+            job.seconds = child.data.metrics.get("seconds", 0.0)
+
+
+def _csv(jobs: Sequence[Job]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(_rows(jobs))
+    return text.getvalue()

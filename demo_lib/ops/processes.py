@@ -4,6 +4,7 @@ Nothing here loads MLflow or PyTorch, which take seconds: a server's start is wa
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from demo_lib.config import DemoError
 
 import requests
 
+# How to start this Python again: `make` does not activate the environment.
+PYTHON = "python" if shutil.which("python") == sys.executable else sys.executable
 GUARD = Path(__file__).with_name("guard.py")
 # What MLflow's variables say of the artifacts' provider; what else they say is a program's own to decide.
 PROVIDER = tuple(f"MLFLOW_{each}_" for each in ("S3", "BOTO", "GCS", "KERBEROS", "PYARROW", "ARTIFACT_UPLOAD"))

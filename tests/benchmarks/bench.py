@@ -27,6 +27,7 @@ from demo_lib.config import ROOT, TrainConfig, TuneConfig, sqlite_uri
 from demo_lib.data import RAW, FashionData, Split, batches, find_data, load_data
 from demo_lib.model import MEAN, STD, FashionNet, build_model
 from demo_lib.ops import batch
+from demo_lib.ops.jobs import plan
 from demo_lib.ops.workers import tune
 from demo_lib.store import connect
 from demo_lib.study import open_study
@@ -407,10 +408,10 @@ def fill_store(database: Path) -> tuple[str, list[str]]:
 def measure_lessons() -> Iterator[Row]:
     """Every lesson with its defaults, one at a time, once: each starts a kernel."""
     with new_home() as home:
-        jobs = batch.plan([], {}, home / "build")
+        jobs = plan([], {}, home / "build")
         batch.run(jobs, workers=1)
     for job in jobs:
-        name = f"lesson {job.lesson}" + ("" if job.status == "FINISHED" else f" ({job.status})")
+        name = f"lesson {job.name}" + ("" if job.status == "FINISHED" else f" ({job.status})")
         yield Row(name, [], [job.seconds])
 
 

@@ -4,6 +4,7 @@ import re
 
 from demo_lib.config import LESSONS, ROOT, TrainConfig, lessons, read_yaml
 from demo_lib.ops import batch
+from demo_lib.ops.jobs import plan
 
 import nbformat
 import papermill as pm
@@ -74,7 +75,7 @@ def test_the_parameter_files_fit():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lesson_runs_with_other_parameters_as_its_pages_and_the_store_show(name, home, monkeypatch):
-    (job,) = jobs = batch.plan([name], params_of(name), home / "build")
+    (job,) = jobs = plan([name], params_of(name), home / "build")
     batch.run(jobs)
     assert job.status == "FINISHED", job.error
     executed = nbformat.read(job.output, as_version=4)

@@ -10,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from demo_lib.config import ROOT, DemoError
+from demo_lib.config import ROOT, DemoError, lessons
 from demo_lib.ops import batch
-from demo_lib.ops.batch import plan, table
+from demo_lib.ops.batch import table
+from demo_lib.ops.jobs import plan
 
 import joblib
 import mlflow
@@ -52,11 +53,11 @@ def runs_of_batch():
 
 
 def test_lessons_are_found_by_number_stem_file_name_and_path():
-    names = ["01", "01_track_a_run", "01_track_a_run.ipynb", str(batch.lessons()[1])]
+    names = ["01", "01_track_a_run", "01_track_a_run.ipynb", str(lessons()[1])]
     for name in names:
-        assert [job.lesson for job in plan([name], {}, ROOT)] == ["01_track_a_run"]
+        assert [job.name for job in plan([name], {}, ROOT)] == ["01_track_a_run"]
     assert len(plan(names, {}, ROOT)) == 1
-    assert [job.lesson for job in plan([], {}, ROOT)] == [path.stem for path in batch.lessons()]
+    assert [job.name for job in plan([], {}, ROOT)] == [path.stem for path in lessons()]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
 EXERCISES = ["evidence", "judging", "words", "quiz", *(f"lesson_0{number}" for number in range(9))]
 EXERCISES = [f"demo_lib.exercises.{name}" for name in [*EXERCISES, "faults", "hunts", "capstone"]]
-OPS = [f"demo_lib.ops.{name}" for name in ("workers", "batch", "reproduce", "doctor")]
+OPS = [f"demo_lib.ops.{name}" for name in ("workers", "kernel", "jobs", "execution", "batch", "reproduce", "doctor")]
 SERVER = ["settings", "database", "client", "process", "background", "readiness", "participants", "progress"]
 SERVER = [f"server.{name}" for name in [*SERVER, "backup", "cleanup", "__main__"]]
 MAIN = ["demo_lib.__main__"]
@@ -41,6 +41,7 @@ MAIN = ["demo_lib.__main__"]
 LATE = {
     "demo_lib.store",
     "demo_lib.tracking",
+    "demo_lib.ops.execution",
     "demo_lib.ops.batch",
     "demo_lib.ops.doctor",
     "demo_lib.__main__",
@@ -129,7 +130,10 @@ MAY_LOAD = {
     "ops.guard": {"psutil"},
     "ops.processes": CONFIG | {"requests"},
     "ops.workers": TUNING,
-    "ops.batch": CONFIG | {"joblib", "papermill"},
+    "ops.kernel": set(),
+    "ops.jobs": CONFIG | {"papermill"},
+    "ops.execution": CONFIG | {"papermill"},
+    "ops.batch": CONFIG | {"filelock", "joblib", "papermill", "psutil", "requests"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
     "ops.doctor": CONFIG | {"requests"},
     "exercises": TABLES | {"sqlalchemy"},
