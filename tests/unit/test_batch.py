@@ -22,34 +22,10 @@ import papermill as pm
 import pytest
 from bs4 import BeautifulSoup
 from mlflow import MlflowClient
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell
 
+from tests.tools.batches import runs_of_batch
 from tests.tools.processes import PATIENCE, normal_signals
-
-KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
-
-
-@pytest.fixture
-def notebook(tmp_path):
-    """Write a notebook of code cells, the first of them tagged `parameters`, and return its path."""
-
-    def write(name, *cells):
-        made = [new_code_cell(cell) for cell in cells]
-        made[0].metadata["tags"] = ["parameters"]
-        path = tmp_path / f"{name}.ipynb"
-        nbformat.write(new_notebook(cells=made, metadata={"kernelspec": KERNELSPEC}), path)
-        return str(path)
-
-    return write
-
-
-def runs_of_batch():
-    client = MlflowClient()
-    runs = client.search_runs([client.get_experiment_by_name("batch").experiment_id])
-    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
-    assert len(children) == len(runs) - 1
-    return parent, children
 
 
 def test_lessons_are_found_by_number_stem_file_name_and_path():
