@@ -1,6 +1,6 @@
 """Running things; these modules call the core.
 
-`processes` starts programs that end with their owner, which `guard` sees to, and finds ports. `batch` runs lessons: what
-it has to do is in `jobs`, how one of them is done in `execution`, and `kernel` starts a kernel. `workers` runs a study's
-trials in processes, `reproduce` trains a run again, `doctor` looks at the machine.
+`processes` starts programs that end with their owner, which `guard` sees to, and finds ports. `batch` runs lessons: its
+`jobs` are planned first, `execution` is how one is done, `kernel` starts its kernel. `workers` runs a study's trials in
+processes, `reproduce` trains a run again, `doctor` looks at the machine.
 """

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PLAN, TABLE = "batch.json", "jobs.csv"
+WIDE = 40  # characters of a value in the terminal's table
 
 
 def run(jobs: Sequence[Job], workers: int = 0) -> None:
@@ -86,8 +87,7 @@ def resume(batch_id: str, workers: int = 0) -> list[Job]:
 
 def table(jobs: Sequence[Job]) -> str:
     """Return the report of a batch as text: what tells the jobs apart, status and seconds, then the errors."""
-    header, *rows = _rows(jobs)
-    shown = [[*header[:-1]], *([*map(str, row[:-2]), f"{row[-2]:.1f}"] for row in rows)]
+    shown = [[" ".join(str(each).split())[:WIDE] for each in row[:-1]] for row in _rows(jobs)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in shown]
     return "\n".join([*lines, *(f"\n{job.name}: {job.error}" for job in jobs if job.error)])
@@ -99,7 +99,7 @@ def _rows(jobs: Sequence[Job]) -> list[list[Any]]:
     header = [*names, "status", "seconds", "error"]
     return [
         header,
-        *([*(job.apart.get(name, "") for name in names), job.status, job.seconds, job.error] for job in jobs),
+        *([*(job.apart.get(name, "") for name in names), job.status, round(job.seconds, 1), job.error] for job in jobs),
     ]
 
 
@@ -111,7 +111,7 @@ def _work(parent: "Run", jobs: Sequence[Job], workers: int) -> None:
     again = f"{PYTHON} -m demo_lib run --resume {run_id}"
     print(f"batch {run_id}", flush=True)
     try:
-        _run_all(run_id, _left(jobs), workers)
+        _run_all(parent, _left(jobs), workers)
         failed = len(_left(jobs))
         mlflow.log_metric("failed_lessons", failed)
         mlflow.log_text(_csv(jobs), TABLE)
@@ -126,11 +126,13 @@ def _work(parent: "Run", jobs: Sequence[Job], workers: int) -> None:
         print(f"\nTo try again what failed: {again}")
 
 
-def _run_all(run_id: str, jobs: Sequence[Job], workers: int) -> None:
+def _run_all(parent: "Run", jobs: Sequence[Job], workers: int) -> None:
     from demo_lib.tracking import provenance
 
     workers = min(max(workers, 0) or joblib.cpu_count(), max(len(jobs), 1))
-    batch, kernels = Batch(run_id, provenance() | {"batch_id": run_id}, _variables(run_id, workers)), Kernels()
+    run_id, kernels = parent.info.run_id, Kernels()
+    tags, variables = provenance() | {"batch_id": run_id}, _variables(run_id, workers)
+    batch = Batch(run_id, parent.info.experiment_id, tags, variables)
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(run_job, job, batch, kernels) for job in jobs]
         try:

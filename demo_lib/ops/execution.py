@@ -3,7 +3,6 @@
 import logging
 import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ class Batch:
     """What the jobs of a batch have in common; plain data, as the jobs."""
 
     run_id: str
+    experiment_id: str
     tags: dict[str, str]  # of the child runs
     variables: dict[str, str]  # environment variables of the kernels
 
@@ -63,7 +63,7 @@ class Kernels:
 def run_job(job: Job, batch: Batch, kernels: Kernels) -> Job:
     """Run the job as a child run of the batch, and return it with its `run_id`, `status`, `seconds` and `error`.
 
-    A job that has a child run already goes on in that run. Nothing is done if the kernels were ended.
+    One that has a child run already is repeated in that run. Nothing is done if the kernels of this process were ended.
     """
     from demo_lib.store import close_stale_runs, own_name
 
@@ -71,12 +71,12 @@ def run_job(job: Job, batch: Batch, kernels: Kernels) -> Job:
 
     if kernels.interrupted:
         return job
-    job.status, job.error = "RUNNING", ""
     tags = batch.tags | {"job": str(job.number)}
     if job.run_id:
         reopen(job.run_id, tags)
-    with mlflow.start_run(job.run_id or None, run_name=job.name, parent_run_id=batch.run_id, tags=tags) as child:
-        job.run_id = child.info.run_id
+    nested = {"experiment_id": batch.experiment_id, "parent_run_id": batch.run_id}
+    with mlflow.start_run(job.run_id or None, run_name=job.name, tags=tags, **nested) as child:
+        job.run_id, job.status, job.error = child.info.run_id, "RUNNING", ""
         mlflow.log_params(job.params)
         with TemporaryDirectory() as folder:
             executed = Path(folder, job.output.name)
@@ -89,7 +89,7 @@ def run_job(job: Job, batch: Batch, kernels: Kernels) -> Job:
     # What the kernel left, or one before it that was killed.
     if experiment := mlflow.get_experiment_by_name(own_name(job.notebook.stem)):
         close_stale_runs([experiment.experiment_id])
-    print(f"{job.name}: {job.status.lower()} in {job.seconds:.1f} s", flush=True)
+    print(f"{job.name}: {job.status.lower()} in {job.seconds:.1f} s\n", end="", flush=True)  # one line, of one thread
     return job
 
 
@@ -113,7 +113,9 @@ def _execute(job: Job, executed: Path, environment: dict[str, str], kernels: Ker
     kernel = KernelManager(
         kernel_name="python3", kernel_spec_manager=here, client_class=client, transport_encryption="auto"
     )
-    kernel.kernel_spec.argv = [sys.executable, str(KERNEL), "-f", "{connection_file}"]
+    command = kernel.kernel_spec.argv
+    start = command.index("-m")
+    command[start : start + 2] = [str(KERNEL)]  # which starts the module that stood there
     said = (executed.parent / "stderr").open("w+", errors="replace")  # the notebook has what its cells print
     given = {"env": environment, "cwd": str(job.notebook.parent), "stdout": subprocess.DEVNULL, "stderr": said}
     given["extra_arguments"] = ["--HistoryManager.hist_file=:memory:"]

@@ -87,7 +87,7 @@ def sweep(names: Sequence[str], sets: Sequence[Mapping[str, Any]], common: Mappi
     digest, jobs = _digest(found[0]), []
     for name, values, own in zip(_names(found[0].stem, apart), made.values(), apart, strict=True):
         path = output.resolve() / name / found[0].name
-        jobs.append(Job(name, found[0], digest, values, path, own or {"lesson": name}, len(jobs)))
+        jobs.append(Job(name, found[0], digest, values, path, own if len(made) > 1 else {"lesson": name}, len(jobs)))
     _refuse_overwriting(found, [job.output for job in jobs])
     return jobs
 

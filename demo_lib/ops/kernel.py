@@ -20,5 +20,6 @@ if __name__ == "__main__":
     os.dup2(nothing, 0)
     os.close(nothing)
     Thread(target=_follow, args=[end], daemon=True).start()
-    del sys.path[0]  # this file's folder
+    if not sys.flags.safe_path:
+        del sys.path[0]  # this file's folder
     runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)
