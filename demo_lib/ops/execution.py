@@ -14,7 +14,7 @@ from demo_lib.ops.jobs import Job
 
 import nbformat
 import papermill as pm
-from jupyter_client import KernelManager
+from jupyter_client import KernelClient, KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it says of an error is in the report
@@ -29,6 +29,21 @@ class Batch:
     experiment_id: str
     tags: dict[str, str]  # of the child runs
     variables: dict[str, str]  # environment variables of the kernels
+
+
+class Kernel(KernelManager):
+    """A kernel whose client can be closed: nbclient leaves it open if the kernel is not its own."""
+
+    def client(self, **options: Any) -> KernelClient:
+        """Return a client of the kernel, the only one."""
+        self._client = super().client(**options)
+        return self._client
+
+    def close_client(self) -> None:
+        """Close the client, if there is one, with its sockets and threads; for the thread that has used it."""
+        if hasattr(self, "_client"):
+            self._client.stop_channels()
+            self._client.context.destroy(linger=0)
 
 
 class Kernels:
@@ -110,9 +125,7 @@ def _execute(job: Job, executed: Path, environment: dict[str, str], kernels: Ker
     # A kernel of our own, as papermill's can't be ended; asynchronous, or nbclient would not see that it died.
     client = "jupyter_client.asynchronous.AsyncKernelClient"
     here = KernelSpecManager(kernel_dirs=[])  # this Python's: another one's may be installed by the same name
-    kernel = KernelManager(
-        kernel_name="python3", kernel_spec_manager=here, client_class=client, transport_encryption="auto"
-    )
+    kernel = Kernel(kernel_name="python3", kernel_spec_manager=here, client_class=client, transport_encryption="auto")
     command = kernel.kernel_spec.argv
     start = command.index("-m")
     command[start : start + 2] = [str(KERNEL)]  # which starts the module that stood there
@@ -131,6 +144,7 @@ def _execute(job: Job, executed: Path, environment: dict[str, str], kernels: Ker
         _fail(job, kernels, f"{type(error).__name__}: {error}" + f"; the kernel's last line: {last[:500]}" * bool(last))
     finally:
         kernels.end(kernel)
+        kernel.close_client()
         said.close()
         job.seconds = time.monotonic() - started
 
