@@ -130,7 +130,6 @@ MAY_LOAD = {
     "ops.guard": {"psutil"},
     "ops.processes": CONFIG | {"requests"},
     "ops.workers": TUNING,
-    "ops.kernel": set(),
     "ops.jobs": CONFIG | {"papermill"},
     "ops.execution": CONFIG | {"papermill"},
     "ops.batch": CONFIG | {"filelock", "joblib", "papermill", "psutil", "requests"},
