@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
     add(_reproduce, "train a run again and compare every metric step by step", of_run)
+    pushed = add(_push, "copy a run, its children and their models to another store or server", of_run)
+    pushed.add_argument("--to", required=True, metavar="ADDRESS", help="a server's http address, or sqlite:///FILE")
+    pushed.add_argument("--experiment", default="", metavar="NAME", help="experiment there (default: the same name)")
+    pushed.add_argument("--register", action="store_true", help="register the models' versions there, too")
     tested = add(_check, "judge your attempts at the exercises by what lies in the store")
     tested.add_argument("wanted", nargs="*", metavar="NN[.K]", help="a lesson's exercises, or one (default: all)")
     hunted = add(_hunt, "make a week of runs with hidden faults, for the exercises 03.3 and 09.1")
@@ -220,6 +224,16 @@ def _reproduce(given: argparse.Namespace) -> int:
     result = reproduce(given.run_id)
     _say(result.run, str(result))
     return 0 if result.same else 1
+
+
+def _push(given: argparse.Namespace) -> None:
+    from demo_lib.ops.push import push
+    from demo_lib.store import ui_link
+
+    run = push(given.run_id, given.to, given.experiment, given.register)
+    print(f"copied to {given.to}", f"run {run.info.run_id}", sep="\n")
+    if given.to.startswith("http"):
+        print(ui_link(run, given.to))
 
 
 def _check(given: argparse.Namespace) -> int:

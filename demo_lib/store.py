@@ -35,7 +35,8 @@ def connect(experiment: str) -> Experiment:
     `mlflow.start_run` goes on in that run. With a login to a server, it is one of your own, see `own_name`.
     A server that doesn't answer, and a store or an experiment that can't be used, are a DemoError.
     """
-    database, client, name = sqlite_file(open_store()), MlflowClient(), own_name(experiment)
+    uri, client, name = open_store(), MlflowClient(), own_name(experiment)
+    database = sqlite_file(uri)
     if database:
         from demo_lib.databases import refuse_reader
 
@@ -43,11 +44,10 @@ def connect(experiment: str) -> Experiment:
     if MLFLOW_RUN_ID.get():
         found = mlflow.set_experiment(experiment_id=_opened_run().info.experiment_id)
     else:
-        location = (database.parent / "artifacts" / experiment).as_uri() if database else None
         try:
             if client.get_experiment_by_name(name) is None:
                 with suppress(MlflowException):  # another process was faster, or `set_experiment` says what is wrong
-                    client.create_experiment(name, location)
+                    client.create_experiment(name, artifact_root(uri, name))
             found = mlflow.set_experiment(name)
         except MlflowException as error:
             reason = error.message.partition("\n")[0]  # the next lines are SQL
@@ -59,27 +59,41 @@ def connect(experiment: str) -> Experiment:
 def open_store() -> str:
     """Choose the tracking store as `connect` does, with the same errors but no experiment, and return its address."""
     uri = tracking_uri()
-    if uri.startswith("http"):
-        if _login():  # requests would put a login of the file netrc in its place
-            os.environ["NETRC"] = os.devnull
-        _ask_server(uri)
-    elif not uri.startswith("databricks"):
-        from demo_lib.databases import open_database  # late: it takes a while to load
-
-        open_database(uri)
+    reach(uri)
     mlflow.set_tracking_uri(uri)
     return uri
 
 
-def own_name(experiment: str) -> str:
-    """Return the experiment's name for you: on a server with a login `LOGIN/` comes before one that has no slash."""
-    login = _login()
+def reach(uri: str, given_as: str = "MLFLOW_TRACKING_URI") -> None:
+    """Make sure that MLflow can use the store at this address, with the errors of `connect`; make a SQLite store."""
+    if uri.startswith("http"):
+        if _login(uri):  # requests would put a login of the file netrc in its place
+            os.environ["NETRC"] = os.devnull
+        _ask_server(uri, given_as)
+    elif not uri.startswith("databricks"):
+        from demo_lib.databases import open_database  # late: it takes a while to load
+
+        open_database(uri)
+
+
+def artifact_root(uri: str, experiment: str) -> str | None:
+    """Return where a new experiment's files go: beside a SQLite store; None leaves it to a server."""
+    database = sqlite_file(uri)
+    return (database.parent / "artifacts" / experiment).as_uri() if database else None
+
+
+def own_name(experiment: str, uri: str | None = None) -> str:
+    """Return the experiment's name for you in this store or that at `uri`.
+
+    On a server with a login, `LOGIN/` comes before a name that has no slash.
+    """
+    login = _login(uri)
     return f"{login}/{experiment}" if login and "/" not in experiment else experiment
 
 
-def own_model_name(model: str) -> str:
+def own_model_name(model: str, uri: str | None = None) -> str:
     """Return the name that the registered model has for you: on a server with a login, `LOGIN.` comes before it."""
-    login = _login()
+    login = _login(uri)
     return f"{login}.{model}" if login and not model.startswith(f"{login}.") else model
 
 
@@ -97,9 +111,12 @@ class Link:
         return f'<a href="{html.escape(self.url)}" target="_blank" rel="noopener">{html.escape(self.text)}</a>'
 
 
-def ui_link(of: Run | Experiment | RegisteredModel) -> Link:
-    """Return the link to the run's, the experiment's or the registered model's page in the MLflow UI."""
-    uri = tracking_uri()
+def ui_link(of: Run | Experiment | RegisteredModel, uri: str | None = None) -> Link:
+    """Return the link to the run's, the experiment's or the registered model's page in this store's MLflow UI.
+
+    With `uri`, a server's address, it is the page there.
+    """
+    uri = uri or tracking_uri()
     base = without_login(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{settings().ui_port}"
     if isinstance(of, RegisteredModel):
         return Link(f"{base}/#/models/{quote(of.name, safe='')}", f"model {of.name} in the MLflow UI")
@@ -151,23 +168,23 @@ def _opened_run() -> Run:
     raise DemoError(f"{what}: unset MLFLOW_RUN_ID; but if this is in `mlflow run`, {todo}.")
 
 
-def _login() -> str:
+def _login(uri: str | None = None) -> str:
     """Return the name that MLflow sends to a server, from the environment or its credentials file, or an empty one."""
-    uri = tracking_uri()
+    uri = uri or tracking_uri()
     return (get_default_host_creds(uri).username or "") if uri.startswith("http") else ""
 
 
-def _ask_server(uri: str) -> None:
+def _ask_server(uri: str, given_as: str) -> None:
     """Ask once, for 4 s at most: with MLflow's default retries a wrong address takes minutes to fail."""
     shown, search = without_login(uri), "/api/2.0/mlflow/experiments/search"
     once = {"max_retries": 0, "timeout": 4, "raise_on_status": False, "json": {"max_results": 1}}
     try:
         status = http_request(get_default_host_creds(uri), search, "POST", **once).status_code
     except MlflowException:
-        todo = "start it, or correct or unset MLFLOW_TRACKING_URI"
+        todo = f"start it, or correct {given_as}"
         raise DemoError(f"no MLflow server answers at {shown}: {todo}.") from None
     if status in (401, 403):
         todo = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and ask if this host name is allowed"
         raise DemoError(f"the server at {shown} refuses you ({status}): {todo}.")
     if status != 200:
-        raise DemoError(f"{shown} answers {status} and is no MLflow server: correct MLFLOW_TRACKING_URI.")
+        raise DemoError(f"{shown} answers {status} and is no MLflow server: correct {given_as}.")

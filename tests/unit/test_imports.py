@@ -33,9 +33,10 @@ SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
 EXERCISES = ["evidence", "judging", "words", "quiz", *(f"lesson_0{number}" for number in range(9))]
 EXERCISES = [f"demo_lib.exercises.{name}" for name in [*EXERCISES, "faults", "hunts", "capstone"]]
-OPS = [f"demo_lib.ops.{name}" for name in ("workers", "kernel", "jobs", "execution", "batch", "reproduce", "doctor")]
-SERVER = ["settings", "database", "client", "process", "background", "readiness", "participants", "progress"]
-SERVER = [f"server.{name}" for name in [*SERVER, "backup", "cleanup", "__main__"]]
+OPS = "workers kernel jobs execution batch reproduce originals copying push doctor"
+OPS = [f"demo_lib.ops.{name}" for name in OPS.split()]
+SERVER = "settings studies database client process background readiness participants progress backup cleanup __main__"
+SERVER = [f"server.{name}" for name in SERVER.split()]
 MAIN = ["demo_lib.__main__"]
 # For speed: PyTorch and MLflow take seconds to load, and some who use these rooms need neither.
 LATE = {
@@ -134,6 +135,7 @@ MAY_LOAD = {
     "ops.execution": CONFIG | {"papermill"},
     "ops.batch": CONFIG | {"filelock", "joblib", "papermill", "psutil", "requests"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
+    "ops.push": TABLES | {"yaml"},
     "ops.doctor": CONFIG | {"requests"},
     "exercises": TABLES | {"sqlalchemy"},
     "deploy.packaging": NETWORK | TABLES,
