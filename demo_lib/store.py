@@ -4,12 +4,12 @@ import html
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from demo_lib.config import DemoError, settings, sqlite_file, tracking_uri, without_login
+from demo_lib.config import DemoError, restored_variables, settings, sqlite_file, tracking_uri, without_login
 from demo_lib.identity import lives
 
 import mlflow
@@ -22,6 +22,7 @@ from mlflow.environment_variables import MLFLOW_RUN_ID
 from mlflow.utils.credentials import get_default_host_creds  # isort: skip
 from mlflow.utils.rest_utils import http_request  # isort: skip
 
+Login = tuple[str, str] | None  # a name and a password
 POINTS = 25_000  # of several metric histories, that a server returns at once
 
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages of what the exceptions say, too
@@ -95,6 +96,15 @@ def own_model_name(model: str, uri: str | None = None) -> str:
     """Return the name that the registered model has for you: on a server with a login, `LOGIN.` comes before it."""
     login = _login(uri)
     return f"{login}.{model}" if login and not model.startswith(f"{login}.") else model
+
+
+@contextmanager
+def signed_in(login: Login) -> Iterator[None]:
+    """Send this login to servers in the block; without one, that of the environment."""
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    with restored_variables(*names):
+        os.environ |= dict(zip(names, login or (), strict=False))
+        yield
 
 
 @dataclass(frozen=True)

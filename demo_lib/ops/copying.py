@@ -1,14 +1,12 @@
 """The steps of copying runs from this store to another: each looks what is there already, and does what is left."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from demo_lib.config import restored_variables
 from demo_lib.ops.originals import (
     Original,
     datasets_of,
@@ -19,7 +17,7 @@ from demo_lib.ops.originals import (
     points_of,
     used_models,
 )
-from demo_lib.store import own_model_name
+from demo_lib.store import Login, own_model_name, signed_in
 
 import mlflow
 import yaml
@@ -37,17 +35,6 @@ from mlflow.entities import (
 
 ORIGIN = "copied_from"  # the tag of a copy with the id of its original
 PARENT, PROCESS, VERSIONS = "mlflow.parentRunId", "process", "mlflow.modelVersions"
-
-Login = tuple[str, str] | None
-
-
-@contextmanager
-def signed_in(login: Login) -> Iterator[None]:
-    """Send this login to servers in the block; without one, that of the environment."""
-    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-    with restored_variables(*names):
-        os.environ |= dict(zip(names, login or (), strict=False))
-        yield
 
 
 @dataclass
@@ -199,7 +186,7 @@ class Copying:
         made = {each.model_id for each in made_models(copy)}
         outputs = [(self.ids[each.model_id], each.step) for each in made_models(run) if each.model_id in self.ids]
         if outputs := [LoggedModelOutput(*each) for each in outputs if each[0] not in made]:
-            self.target.logmade_models(new, outputs)
+            self.target.log_outputs(new, outputs)
 
     @contextmanager
     def _lacking_files(

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from demo_lib.config import DemoError, settings, sqlite_file, sqlite_uri, without_login
-from demo_lib.ops.copying import PARENT, Copying, Login, signed_in
+from demo_lib.ops.copying import PARENT, Copying
 from demo_lib.ops.originals import Original, family_of, used_models
 from demo_lib.runs import find_run
-from demo_lib.store import artifact_root, open_store, own_model_name, own_name, reach
+from demo_lib.store import Login, artifact_root, open_store, own_model_name, own_name, reach, signed_in
 
 import mlflow
 from filelock import FileLock
@@ -72,7 +72,7 @@ def _losses(family: list[Original], register: bool) -> Iterator[str]:
     if count := sum(bool(client.search_traces(locations=at, run_id=of, **asked)) for of, at in places.items()):
         yield f"the traces of {count} runs"
     if count := len({each.model_id for original in family for each in used_models(original.run)} - models.keys()):
-        yield f"the links to {count} models of other runs, if those are not copied yet: push them first, then this again"
+        yield f"the links to {count} models of other runs, where those are not copied yet: push those first"
     if count := sum(point.run_id not in ids for model in models.values() for point in model.metrics or ()):
         yield f"{count} values that other runs logged for these models: push those runs as well"
     versions = [version for each in family for version in each.versions]
