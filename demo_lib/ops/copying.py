@@ -145,7 +145,7 @@ class Copying:
         if copy.status != LoggedModelStatus.PENDING:  # it was copied whole
             return
         lists = (self.source.list_logged_model_artifacts, self.target.list_logged_model_artifacts)
-        with self._lacking_files(model.model_uri, model.model_id, copy.model_id, *lists) as folder:
+        with self._lacking_files(model.artifact_location, model.model_id, copy.model_id, *lists) as folder:
             if folder:
                 _rename(folder / "MLmodel", model, copy, run_id)
                 self.target.log_model_artifacts(copy.model_id, str(folder))

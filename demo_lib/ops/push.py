@@ -66,18 +66,18 @@ def _losses(family: list[Original], register: bool) -> Iterator[str]:
     if family[0].run.data.tags.get(PARENT, family[0].run.info.run_id) not in ids:
         yield "the run's parent: push that one to copy the whole family"
     if count := sum(each.run.info.status == "RUNNING" for each in family):
-        yield f"what {count} runs that still go on have not logged yet: push again when they have ended"
+        yield f"what the runs that still go on ({count} of {len(family)}) will log: push again when they have ended"
     asked = {"max_results": 1, "include_spans": False}
     places = {each.run.info.run_id: [each.run.info.experiment_id] for each in family}
     if count := sum(bool(client.search_traces(locations=at, run_id=of, **asked)) for of, at in places.items()):
-        yield f"the traces of {count} runs"
+        yield f"the traces of the runs ({count} of {len(family)} have some)"
     if count := len({each.model_id for original in family for each in used_models(original.run)} - models.keys()):
-        yield f"the links to {count} models of other runs, where those are not copied yet: push those first"
+        yield f"the links to models of other runs ({count}), where those are not copied yet: push those first"
     if count := sum(point.run_id not in ids for model in models.values() for point in model.metrics or ()):
-        yield f"{count} values that other runs logged for these models: push those runs as well"
+        yield f"the values that other runs logged for these models ({count}): push those runs as well"
     versions = [version for each in family for version in each.versions]
     if versions and not register:
-        yield f"{len(versions)} registered versions of these models: add --register"
+        yield f"the registered versions of these models ({len(versions)}): add --register"
     elif versions:
         found = {alias for each in versions for alias in client.get_model_version(each.name, each.version).aliases}
         yield ", ".join(["the numbers of registered versions", *(f"the alias {alias}" for alias in sorted(found))])
