@@ -270,7 +270,7 @@ def check_lesson_08(params):
         "both/work": {"read": "allowed", "change": "allowed", "delete": 403},
     }
     lost = {kind for kind, count in said["moved"].items() if count["arrived"] < count["before"]}
-    assert lost == {"run id", "models"} and said["moved"]["metric values"]["arrived"] > 4
+    assert lost == {"run id", "model ids"} and said["moved"]["metric values"]["arrived"] > 4
     assert all(count["arrived"] == count["before"] for count in said["restored"].values())
-    assert said["restored"]["files"]["arrived"] >= 1
+    assert said["restored"]["files"]["arrived"] >= 1 and said["restored"]["model ids"]["arrived"] == 2
     assert not team_servers(os.environ["DEMO_HOME"])
