@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORES:
             raise
         lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
-        print(f"error: {lines[0] if lines else type(error).__name__}", file=sys.stderr)
+        print(f"error: {without_login(lines[0]) if lines else type(error).__name__}", file=sys.stderr)
         return 1
 
 
