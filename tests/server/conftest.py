@@ -47,9 +47,9 @@ class Site:
 @contextmanager
 def started(settings):
     """Run `python -m server start` until the block ends, from when it answers; nothing of it is left then."""
-    chosen = {name: str(getattr(settings, name)) for name in ("profile", "folder", "port")}
-    chosen |= {name: getattr(settings, name).get_secret_value() for name in ("admin_password", "secret_key")}
-    variables = os.environ | {f"{PREFIX}{name.upper()}": value for name, value in chosen.items()}
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    texts = {name: v.get_secret_value() if isinstance(v, SecretStr) else str(v) for name, v in given.items()}
+    variables = os.environ | {f"{PREFIX}{name.upper()}": text for name, text in texts.items()}
     command = [sys.executable, "-m", "server", "start"]
     try:
         with serving(command, f"{settings.url}/health", env=variables, cwd=ROOT) as process:

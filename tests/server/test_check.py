@@ -15,7 +15,7 @@ import requests
 from pydantic import SecretStr
 
 from server.client import account_client, as_admin, call
-from server.database import postgres_tool
+from server.database import stop_postgres
 from server.process import running
 from server.readiness import examine
 from server.settings import ServerSettings
@@ -96,13 +96,12 @@ def test_artifacts_that_cannot_be_written_are_named(own):
 
 def test_a_stopped_database_is_named_while_health_says_ok(own):
     settings, server = own
-    data, user = server.postgres.pgdata, server.postgres.system_user
-    subprocess.run([postgres_tool("pg_ctl"), "-D", data, "-m", "fast", "-w", "stop"], user=user, check=True, stdout=-3)
+    stop_postgres(settings)
     assert requests.get(f"{settings.url}/health", timeout=5).text == "OK"
     start = time.monotonic()
     found = failed(settings)
     assert "database" in found and "queries" in found and time.monotonic() - start < 15
-    server.postgres.ensure_postgres_running()
+    server.start_postgres()
     assert failed(settings) == {}
 
 

@@ -24,9 +24,9 @@ PASSWORD = "it's a %40 w:rd/@x"
 
 
 def settings_in(folder, **given):
-    secrets = make_secrets(studies_password=SecretStr(PASSWORD))
-    ports = {"port": free_port(), "studies_port": free_port()}
-    return ServerSettings(profile="workshop", folder=folder, **ports | {"studies": True} | secrets | given)
+    chosen = {"profile": "workshop", "folder": folder, "port": free_port()}
+    chosen |= {"studies": True, "studies_port": free_port(), "studies_password": SecretStr(PASSWORD)}
+    return ServerSettings(**make_secrets(**chosen | given))
 
 
 def finding(settings):
