@@ -15,7 +15,7 @@ from server.client import call
 from server.database import check_database, database_address, folders
 from server.process import LOG, read_state
 from server.settings import ServerSettings
-from server.studies import studies_address
+from server.studies import refuse_studies, studies_address
 
 SECONDS = 6  # for each request: all checks run at once, and a server that hangs is to be named within 15 s
 SEARCH, ARTIFACTS = "/api/2.0/mlflow/experiments/search", "/api/2.0/mlflow-artifacts/artifacts"
@@ -80,12 +80,11 @@ def _accounts(settings: ServerSettings) -> str:
 
 
 def _studies(settings: ServerSettings) -> str:
+    refuse_studies(settings)
     address = studies_address(settings)
     try:
         with connect(address):
             return f"{without_login(address)} answers, for `tune --storage`"
-    except DemoError:
-        raise
     except Exception as error:
         what = f"Optuna's database {without_login(address)} does not let workers in"
         raise DemoError(f"{what} ({without_login(str(error)).partition(chr(10))[0]}): start again.") from None

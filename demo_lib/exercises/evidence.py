@@ -31,9 +31,9 @@ def _kept(read: Callable) -> Callable:
 
     @wraps(read)
     def found(self: "Evidence", *asked: Any) -> Any:
-        if (key := (read, *asked)) not in self._kept:
-            self._kept[key] = read(self, *asked)
-        return self._kept[key]
+        if (key := (read, *asked)) not in self._answers:
+            self._answers[key] = read(self, *asked)
+        return self._answers[key]
 
     return found
 
@@ -49,8 +49,7 @@ class Evidence:
     def __init__(self, place: Callable[[str], str | None], own: bool = True) -> None:
         self.place = place
         self.own = own
-        self._kept: dict[tuple, Any] = {}
-        self._histories: dict[tuple[str, str], list[Metric]] = {}
+        self._answers: dict[tuple, Any] = {}
         self._made: dict[str, list[ModelVersion]] = {}
         self._runs: dict[str, list[Run]] = {}
         self._flushed = False
@@ -113,22 +112,22 @@ class Evidence:
             return found if found.info.lifecycle_stage == "active" else None
         return None
 
+    @_kept
     def history(self, run: Run, metric: str) -> list[Metric]:
         """Return all values of the run's metric by step, of one step by time; none if it has no such metric."""
-        key = run.info.run_id, metric
         if metric not in run.data.metrics:
             return []
-        if key not in self._histories and not self.own:
-            self._histories |= self._histories_of_all(metric)
-        if key not in self._histories:
-            self._histories[key] = self.client.get_metric_history(*key)
-        return sorted(self._histories[key], key=lambda point: (point.step, point.timestamp))
+        found = None if self.own else self._histories(metric).get(run.info.run_id)
+        if found is None:
+            found = self.client.get_metric_history(run.info.run_id, metric)
+        return sorted(found, key=lambda point: (point.step, point.timestamp))
 
-    def _histories_of_all(self, metric: str) -> dict[tuple[str, str], list[Metric]]:
+    @_kept
+    def _histories(self, metric: str) -> dict[str, list[Metric]]:
         """Return the metric's histories of all runs of `exercises`: a class has too many to ask for them one by one."""
         ids = [run.info.run_id for run in self.runs if metric in run.data.metrics]
         found = (metric_histories(some, metric) for some in _portions(ids))
-        return {(run_id, metric): points for each in found for run_id, points in each.items()}
+        return {run_id: points for each in found for run_id, points in each.items()}
 
     def models(self, run: Run) -> list[LoggedModel]:
         """Return the whole models that the run logged, the first first."""

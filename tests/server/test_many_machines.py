@@ -22,7 +22,7 @@ from server.settings import PREFIX, ServerSettings
 from server.studies import studies_address
 from tests.server.conftest import make_secrets
 from tests.tools.packages import find_program, missing
-from tests.tools.processes import PATIENCE, normal_signals, wait_until
+from tests.tools.processes import PATIENCE, find_processes, normal_signals, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("server")]
 TRIALS = 60
@@ -117,15 +117,8 @@ def site(network, tmp_path_factory):
 
 
 def joins():
-    """Return the processes that do trials, by their id."""
-    return [each for each in psutil.process_iter() if "--join" in _command(each)]
-
-
-def _command(process):
-    try:
-        return process.cmdline() if process.status() != psutil.STATUS_ZOMBIE else []
-    except psutil.Error:
-        return []
+    """Return the ids of the processes that do trials."""
+    return find_processes({}, "--join")
 
 
 def study_of(settings, name):
@@ -171,7 +164,7 @@ def in_a_trial(settings, name):
             if "run_id" in trial.user_attrs:
                 tags = client.get_run(trial.user_attrs["run_id"]).data.tags
                 found.append(int(tags["process"].split(":")[-2]))
-        alive = {each.pid for each in joins()}
+        alive = joins()
         found[:] = [each for each in found if each in alive]
         return found
 

@@ -7,10 +7,11 @@ from demo_lib.config import tracking_uri
 
 import mlflow
 import nbformat
-import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.tools.processes import find_processes
 
 KERNELSPEC = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
@@ -42,11 +43,4 @@ def batch_id(output: str) -> str:
 
 def kernels_of(batch_id: str) -> list[int]:
     """Return the ids of the processes that live and have the batch's id in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("DEMO_BATCH_ID") == batch_id and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except psutil.Error:  # gone meanwhile, or not ours
-            continue
-    return found
+    return find_processes({"DEMO_BATCH_ID": batch_id}, "")

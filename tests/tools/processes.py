@@ -26,19 +26,19 @@ def normal_signals() -> None:
 
 def scoring_servers(home: object) -> list[int]:
     """Return the ids of the scoring servers, and of the commands that start them, that have this `DEMO_HOME`."""
-    return _processes({"DEMO_HOME": str(home)}, "mlflow models serve", "scoring_server.app")
+    return find_processes({"DEMO_HOME": str(home)}, "mlflow models serve", "scoring_server.app")
 
 
 def team_servers(home: object) -> list[int]:
     """Return the ids of the tracking servers, and of the commands that start them, that have this `DEMO_HOME`."""
     # A test's own `mlflow server` has neither variable.
-    ours = _processes({"DEMO_HOME": str(home), "MLFLOW_DEMO_SERVER_FOLDER": None}, "-m server start")
+    ours = find_processes({"DEMO_HOME": str(home), "MLFLOW_DEMO_SERVER_FOLDER": None}, "-m server start")
     marks = {"DEMO_HOME": str(home), "MLFLOW_BACKEND_STORE_URI": None}
-    return ours + _processes(marks, "-m mlflow server", "mlflow.server")
+    return ours + find_processes(marks, "-m mlflow server", "mlflow.server")
 
 
-def _processes(marks: dict[str, str | None], *words: str) -> list[int]:
-    """Return the processes with one of the words in their command, and these variables; None is any value."""
+def find_processes(marks: dict[str, str | None], *words: str) -> list[int]:
+    """Return the ids of processes with one of the words in their command, and these variables; None is any value."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -56,9 +56,11 @@ def test_histories_are_read_at_once_or_not_at_all_and_files_by_their_address(tmp
         (file,) = evidence.get_artifact_repository(run.info.artifact_uri).list_artifacts("texts")
         monkeypatch.setattr(store, "POINTS", 43)
         assert store.metric_histories(ids, "loss/a b") == {}
-    read, asked = (
+        others = evidence.Evidence(lambda experiment: "0", own=False)
+        found_of_all = {run.info.run_id: others.history(run, "loss/a b") for run in others.runs}
+    read, read_of_all, asked = (
         [sorted((p.step, str(p.value), p.timestamp) for p in histories[each]) for each in ids]
-        for histories in (found, one_by_one)
+        for histories in (found, found_of_all, one_by_one)
     )
-    assert read == asked and [*map(len, read)] == [3, 40]
+    assert read == read_of_all == asked and [*map(len, read)] == [3, 40]
     assert (file.path, file.is_dir, file.file_size) == ("texts/a b.txt", False, 10)
