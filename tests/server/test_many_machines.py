@@ -123,13 +123,12 @@ def joins():
 
 def study_of(settings, name):
     storage = database_address(settings, "optuna")  # by the socket, as this process is on no machine of the network
-    with connect(storage) as connection:
-        if not connection.scalar(text("SELECT to_regclass('trials')")):  # tables made here would not be the workers'
+    with connect(storage) as connection:  # not before the study is there: a table made here is not the workers'
+        if not connection.scalar(text("SELECT to_regclass('studies')")):
             return None
-    try:
-        return optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(storage))
-    except KeyError:
-        return None
+        if not connection.scalar(text("SELECT 1 FROM studies WHERE study_name = :name"), {"name": name}):
+            return None
+    return optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(storage))
 
 
 def has_begun(settings, name):
