@@ -4,10 +4,11 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri, without_login
 from demo_lib.databases import refuse_mlflow
+from demo_lib.identity import lives
 from demo_lib.store import kill_run
 from demo_lib.tracking import log_config
 
@@ -145,7 +146,7 @@ def stop(study: optuna.Study, seconds: float = 30) -> None:
     if running(study):
         print("waiting for the trials of other workers to end; Ctrl-C again does not wait.")
     while running(study) and time.monotonic() < deadline:
-        optuna.storages.fail_stale_trials(study)
+        give_up_dead(study)
         time.sleep(0.2)
 
 
@@ -159,6 +160,16 @@ def close_uncounted(study: optuna.Study) -> None:
     for run in mlflow.search_runs([parent.experiment_id], where, output_format="list"):
         if run.info.run_id not in counted:
             kill_run(run.info.run_id)
+
+
+def give_up_dead(study: optuna.Study) -> None:
+    """Give up the trials whose process died: here at once, elsewhere after `GRACE` seconds without a sign of life."""
+    for trial in running(study):
+        if lives(trial.user_attrs.get("process", "")) is False:
+            with suppress(ValueError, RuntimeError):  # another process was faster
+                study.tell(trial.number, state=TrialState.FAIL)
+                _give_up(study, trial)
+    optuna.storages.fail_stale_trials(study)
 
 
 def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:

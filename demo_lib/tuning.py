@@ -17,9 +17,12 @@ from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
 from demo_lib.store import connect
 from demo_lib.study import (
+    GRACE,
+    HEARTBEAT,
     MEMORY,
     close_uncounted,
     done,
+    give_up_dead,
     is_stopped,
     open_study,
     parent_run,
@@ -84,20 +87,29 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
 
 
 def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Generator[None]:
-    """Do trials until those done and running, here or elsewhere, reach `config.trials`; yield after each."""
+    """Do trials until those done and running, here or elsewhere, are `config.trials`; yield now and then.
+
+    Before it ends it waits as long as the trial of a process that died elsewhere may look as if it ran.
+    """
 
     def objective(trial: optuna.Trial) -> float:
         if sum(each.number < trial.number for each in done(study) + running(study)) >= config.trials:
             raise _Surplus
         return run_trial(trial, config, data, study.user_attrs["parent_run_id"])
 
-    while len(done(study) + running(study)) < config.trials:
+    busy = time.monotonic()
+    while len(done(study)) < config.trials and time.monotonic() - busy < HEARTBEAT + GRACE:
         if is_stopped(study):
             raise Stopped
-        try:
-            study.optimize(objective, n_trials=1, catch=Exception)
-        except UnboundLocalError as error:  # what Optuna makes of an interrupt while it records a trial
-            raise (error.__context__ or error) from None
+        if len(done(study) + running(study)) < config.trials:
+            try:
+                study.optimize(objective, n_trials=1, catch=Exception)
+            except UnboundLocalError as error:  # what Optuna makes of an interrupt while it records a trial
+                raise (error.__context__ or error) from None
+            busy = time.monotonic()
+        else:
+            time.sleep(0.3)
+            give_up_dead(study)
         yield
 
 
@@ -111,6 +123,7 @@ def run_trial(trial: optuna.Trial, config: TuneConfig, data: FashionData, parent
     try:
         train = suggest(trial, config)
         tags = provenance(data, train) | {"study": config.study, "trial_number": number, "trial_state": "FAIL"}
+        trial.set_user_attr("process", tags["process"])
         # parent_run_id as well as nested: in another process there is no active parent to nest in.
         child = mlflow.start_run(run_name=f"trial {number}", nested=True, parent_run_id=parent_run_id, tags=tags)
         with child, truthful_status():
@@ -155,14 +168,14 @@ def _see_to_trials(study: optuna.Study, config: TuneConfig, data: FashionData, w
     count = len(done(study))
     with tqdm(total=config.trials, initial=count, unit="trial", file=sys.stdout, ncols=80, disable=not shown) as bar:
         while (before := count) < config.trials:
+            give_up_dead(study)
             with closing(work(study, config, data)) as working:
                 for _ in working:
-                    optuna.storages.fail_stale_trials(study)
+                    give_up_dead(study)
                     bar.update(len(done(study)) - bar.n)
             count = len(done(study))
             if count == before and not running(study):
                 raise DemoError("no worker finished a trial: run with one worker to see why.")
-            optuna.storages.fail_stale_trials(study)
             time.sleep(0.1)
 
 

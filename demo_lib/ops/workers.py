@@ -1,5 +1,6 @@
 """A study whose trials are done by several processes at once; each is a command that joins the study."""
 
+import math
 import os
 import socket
 import subprocess
@@ -16,13 +17,14 @@ from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, tracki
 from demo_lib.data import load_data
 from demo_lib.ops.processes import OwnedProcess
 from demo_lib.store import close_stale_runs, open_store
-from demo_lib.study import MEMORY, done, equip, is_stopped, open_storage, return_to, running, storage_address
+from demo_lib.study import GRACE, MEMORY, done, equip, is_stopped, open_storage, return_to, running, storage_address
 from demo_lib.tracking import terminable
 
 import joblib
 import mlflow
 import optuna
 from mlflow.entities import Run
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -106,8 +108,16 @@ def _command(name: str) -> list[str]:
 
 
 def _wait_for_others(study: optuna.Study, config: TuneConfig) -> Iterator[None]:
-    print(f"waiting for workers: `python -m demo_lib tune --join {study.study_name}`", flush=True)
-    while len(done(study)) < config.trials:
+    busy, said = -math.inf, False
+    while (left := config.trials - len(done(study))) > 0:
+        if running(study):
+            busy, said = time.monotonic(), False
+        elif not said and time.monotonic() - busy > GRACE:
+            print(
+                f"trials to do: {left}; waiting for workers: `python -m demo_lib tune --join {study.study_name}`",
+                flush=True,
+            )
+            said = True
         time.sleep(0.3)
         yield
 
@@ -155,6 +165,6 @@ def _work_on_cluster(client: "Client", name: str, count: int, environment: dict[
         lost = "the scheduler, or the connection to it, is gone"
         said = {lost if task.cancelled() else str(task.exception() or task.result()) for task in tasks}
         for problem in sorted(said - {""}):
-            print(f"a worker failed: {problem}")
+            tqdm.write(f"a worker failed: {problem}")  # above the bar
     finally:
         client.cancel(tasks)  # only those that have not begun: `stop` of the study ends the others

@@ -10,10 +10,12 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+from demo_lib import study as study_of_optuna
 from demo_lib import tuning
 from demo_lib.config import DemoError, TuneConfig
+from demo_lib.ops.workers import join
 from demo_lib.ops.workers import tune as tune_with_workers
-from demo_lib.study import open_study, study_figures
+from demo_lib.study import open_storage, open_study, study_figures
 from demo_lib.tuning import suggest, tune
 
 import matplotlib.pyplot as plt
@@ -333,6 +335,19 @@ def begin(name):
     with pytest.raises(DemoError, match="no worker finished a trial: run with one worker to see why"):
         tune(study, work=lambda *args: (None for _ in ()))
     return study
+
+
+def test_a_worker_stays_as_long_as_one_that_died_elsewhere_may_look_alive(home, monkeypatch):
+    for module in (study_of_optuna, tuning):
+        monkeypatch.setattr(module, "HEARTBEAT", 1)
+        monkeypatch.setattr(module, "GRACE", 2)
+    begin("e")
+    study = optuna.load_study(study_name="e", storage=open_storage())
+    dead = study.ask()
+    dead.set_user_attr("process", "another machine:::1:1")
+    study._storage.record_heartbeat(dead._trial_id)
+    join("e")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_a_worker_stopped_in_the_middle_of_a_query_ends_its_trial(home):
