@@ -36,7 +36,7 @@ def main() -> None:
         if not is_usable():
             run(sys.executable, "-m", "venv", "--clear", VENV)
             run(PYTHON, "-m", "pip", "install", "--quiet", "uv")
-        project = f"{ROOT}[dev]" if dev else ROOT
+        project = f"{ROOT}[{'dev' if dev else 'dask'}]"
         run(UV, "pip", "install", "--compile-bytecode", *PINS, *torch_backend(), "--editable", project)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # the command has said why

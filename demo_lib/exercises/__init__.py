@@ -16,6 +16,7 @@ from demo_lib.exercises import (  # noqa: F401
     lesson_06,
     lesson_07,
     lesson_08,
+    lesson_10,
 )
 from demo_lib.exercises.hunts import hunt
 from demo_lib.exercises.judging import EXERCISES, check, check_all, find_exercise

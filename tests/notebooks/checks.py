@@ -274,3 +274,33 @@ def check_lesson_08(params):
     assert all(count["arrived"] == count["before"] for count in said["restored"].values())
     assert said["restored"]["files"]["arrived"] >= 1 and said["restored"]["model ids"]["arrived"] == 2
     assert not team_servers(os.environ["DEMO_HOME"])
+
+
+def check_lesson_10(params):
+    tree = families("10_scale_out")
+    studies = {name.rpartition(" ")[0]: family for name, family in tree.items() if "study" in family[0].data.tags}
+    assert set(studies) == {"one process", "workers", "Dask"}
+    for parent, children in studies.values():
+        finished = [run for run in children if run.info.status == "FINISHED"]
+        assert parent.info.status == "FINISHED" and len(finished) == params["trials"]
+    processes = {way: {run.data.tags["process"] for run in children} for way, (_, children) in studies.items()}
+    assert processes["one process"] == {studies["one process"][0].data.tags["process"]}
+    assert len(processes["workers"]) > 1 and studies["workers"][0].data.tags["process"] not in processes["workers"]
+    (killed,) = [run for run in studies["Dask"][1] if run.info.status != "FINISHED"]
+    assert (killed.info.status, killed.data.tags["trial_state"]) == ("KILLED", "FAIL")
+    again = [run for run in studies["Dask"][1] if run.data.params == killed.data.params]
+    assert sorted(run.info.status for run in again) == ["FINISHED", "KILLED"]
+    measured = mlflow.artifacts.load_dict(f"{tree['three ways'][0].info.artifact_uri}/ways.json")
+    assert [row[0] for row in measured["data"]] == ["one process", "workers", "Dask"]
+    (batch,) = runs_of_batches(3)
+    assert batch.info.status == "FINISHED"
+    jobs = {name: family[0] for name, family in tree.items() if name.startswith("means of ")}
+    assert {run.data.tags["batch_id"] for run in jobs.values()} == {batch.info.run_id}
+    assert jobs["means of 2000 images"].data.metrics["val_accuracy"] > 0.6
+
+
+def runs_of_batches(jobs):
+    """Return the parents of batches of so many jobs, each of which has a child for each job, finished."""
+    found = [family for family in families("batch").values() if family[0].data.params["jobs"] == str(jobs)]
+    assert all([run.info.status for run in children] == ["FINISHED"] * jobs for _, children in found)
+    return [parent for parent, _ in found]

@@ -23,6 +23,7 @@ SHOWN = {
     "06_serve_a_model": (1, 4, 1, 0),
     "07_run_a_project": (0, 2, 2, 0),
     "08_share_a_server": (0, 3, 1, 0),
+    "10_scale_out": (2, 6, 1, 3),
 }
 # Lessons whose runs have pictures.
 PICTURED = {
@@ -31,6 +32,7 @@ PICTURED = {
     "03_query_and_plot_runs",
     "04_package_a_model",
     "06_serve_a_model",
+    "10_scale_out",
 }
 # Cells, by a part of their source, whose subject is a path, an id or the digits of a number.
 SUBJECTS = (
@@ -39,6 +41,7 @@ SUBJECTS = (
     "pd.Series(tags",  # lesson 01: the tags of a run
     "best_logged.model_uri)\n",  # lesson 01: a model's address
     "live_output()",  # lesson 07: what a command prints, with the id that `reproduce` takes
+    "resume(batch_id",  # lesson 10: the id of the batch
     "again.yaml",  # lesson 03: every digit of a learning rate
 )
 DRAWS = re.compile(r"plt\.subplots|\.plot\.|Display\.from_|image_grid\(|loss_curve\(|plot_parallel_coordinate\(")

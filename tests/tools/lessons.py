@@ -29,6 +29,7 @@ OTHER = {
     "timed_calls": 5,
     "traced_calls": 3,
     "steps": 40,
+    "workers": 3,
 }
 
 

@@ -31,9 +31,9 @@ def test_environment_yml_has_the_packages_and_ranges_of_pyproject():
     assert pip["pip"][-1] == "-e ."
     found = ranges([line for line in conda if line != "pip"] + pip["pip"][:-1])
     assert found.pop("python") == Requirement(f"python{project()['requires-python']}").specifier
-    developers = ranges(project()["optional-dependencies"]["dev"])
-    assert found.pop("nbval") == developers["nbval"]
-    assert found == ranges(project()["dependencies"])
+    extras = project()["optional-dependencies"]
+    assert found.pop("nbval") == ranges(extras["dev"])["nbval"]
+    assert found == ranges(project()["dependencies"] + extras["dask"])
 
 
 def test_the_pins_satisfy_the_ranges_and_have_no_address():
