@@ -155,26 +155,24 @@ def disturb(settings, name):
         if disturbance == "restart":
             os.killpg(read_state(settings)["server"], signal.SIGKILL)
         else:
-            psutil.Process(in_a_trial(settings, name)).send_signal(disturbance)
+            wait_until(lambda signum=disturbance: end_in_a_trial(settings, name, signum))
 
 
-def in_a_trial(settings, name):
-    """Return the process of a trial that runs and has a child run, so that there is something to lose."""
-    found = []
-
-    def look():
-        client = MlflowClient(database_address(settings))
-        states = [optuna.trial.TrialState.RUNNING]
-        for trial in study_of(settings, name).get_trials(states=states, deepcopy=False):
-            if "run_id" in trial.user_attrs:
-                tags = client.get_run(trial.user_attrs["run_id"]).data.tags
-                found.append(int(tags["process"].split(":")[-2]))
-        alive = joins()
-        found[:] = [each for each in found if each in alive]
-        return found
-
-    wait_until(look)
-    return found[0]
+def end_in_a_trial(settings, name, signum):
+    """Send the signal to a worker whose trial has a child run that is open, so that there is something to lose."""
+    client, states = MlflowClient(database_address(settings)), [optuna.trial.TrialState.RUNNING]
+    for trial in study_of(settings, name).get_trials(states=states, deepcopy=False):
+        number = int(trial.user_attrs.get("process", "::0:").split(":")[-2])
+        if number in joins() and "run_id" in trial.user_attrs:
+            process = psutil.Process(number)
+            process.suspend()  # else the trial could end while we look
+            caught = client.get_run(trial.user_attrs["run_id"]).info.status == "RUNNING"
+            if caught:
+                process.send_signal(signum)
+            process.resume()
+            if caught:
+                return True
+    return False
 
 
 def check_study(settings, name):
