@@ -174,9 +174,12 @@ def give_up_dead(study: optuna.Study) -> None:
 
 def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
     """Close the child run of a trial whose process died, and queue its hyperparameters again."""
-    run_id = trial.user_attrs.get("run_id")
-    if run_id and MlflowClient().get_run(run_id).info.status == "RUNNING":
-        kill_run(run_id)
+    parent = MlflowClient().get_run(study.user_attrs["parent_run_id"]).info
+    # By its tags: the process may have died before the trial knew its run.
+    nested = f"tags.mlflow.parentRunId = '{parent.run_id}' AND tags.trial_number = '{trial.number}'"
+    where = f"{nested} AND attributes.status = 'RUNNING'"
+    for run in mlflow.search_runs([parent.experiment_id], where, output_format="list"):
+        kill_run(run.info.run_id)
     study.enqueue_trial(trial.params)
 
 

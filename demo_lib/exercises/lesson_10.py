@@ -119,7 +119,7 @@ def _who_knows(evidence: Evidence) -> Question:
     if studies:
         name, number = studies[0].data.tags["study"], len(evidence.children(studies[0])) or number
     return Question(
-        f"Two workers did the {number} trials of study `{name}`. How did each of them know which trial was the next?",
+        f"Two workers did the {number} trials of study `{name}`. How did each of them know which trial to do next?",
         "from the study in its storage, which both asked",
         "The storage has all trials. It is all that the workers share, with the tracking store.",
         {
@@ -133,27 +133,28 @@ def _who_knows(evidence: Evidence) -> Question:
 @question("10")
 def _when_it_pays(evidence: Evidence) -> Question:
     return Question(
-        "A process needs 6 seconds to start, a trial 2 seconds, alone or beside others. One process that has started "
-        "already, or two new workers: from how many trials on are the workers faster?",
-        "more than 6",
-        "One process needs 2 s for each trial, the workers 6 s and then 1 s for each: 2n is more than 6 + n from 7 on.",
+        "A worker needs 6 seconds to start, and a trial 2 seconds, alone or beside others. Two new workers compete "
+        "with one process that has started already. With how many trials do they win?",
+        "8",
+        "One process needs 16 s, the workers 6 s and four times 2 s: 14 s. With 7 trials it is a tie.",
         {
-            "more than 2": "With 3 trials, one process needs 6 s, and the workers have just started.",
-            "more than 12": "With 12 trials, one process needs 24 s, the workers 6 + 12 = 18 s.",
-            "they never are": "The start is paid once; each trial then wins a second.",
+            "3": "One process needs 6 s, and then the workers have just started.",
+            "7": "One process needs 14 s, and so do the workers: one of them does four trials.",
+            "with no number of trials": "The start is paid once, and each pair of trials wins 2 seconds.",
         },
     )
 
 
 @question("10")
-def _dead_elsewhere(evidence: Evidence) -> Question:
+def _nothing_idle(evidence: Evidence) -> Question:
     return Question(
-        "A worker on another machine loses its power in the middle of a trial. What happens to this trial?",
-        "after some seconds without a heartbeat it is given up, and tried again by another worker",
-        "A machine without power can report nothing. That nothing comes is what the others see.",
+        "A study has 100 trials of a minute. Alone, each training keeps all 4 cores of your machine busy. What do 4 "
+        "workers on this machine win?",
+        "next to nothing",
+        "They share the cores that one training used alone: four trials at once take four times as long each.",
         {
-            "the worker reports that it died": "It can't: it has no power.",
-            "it stays RUNNING until somebody closes it": "So it would be without heartbeats.",
-            "the study fails": "A study does not depend on any of its workers.",
+            "they are nearly 4 times faster": "So they would be if three of the four cores were idle before.",
+            "they find a better winner": "At the same number of trials the sampler knows less, not more.",
+            "nothing, as they need too long to start": "Of 100 minutes, some seconds don't matter here.",
         },
     )

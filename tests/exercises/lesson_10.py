@@ -19,8 +19,8 @@ def study(processes, winner=True, workers="0", after=False, tags=TAG):
     """Log a study's parent, and a child for each process named; `after` lets them run one after the other."""
     client, number = MlflowClient(), mlflow.get_experiment_by_name(own_name("exercises")).experiment_id
     now = round(1000 * time.time())
-    own = {"study": "help wanted", "workers": workers, "process": HERE} | tags
-    parent = client.create_run(number, now, own, "help wanted").info.run_id
+    own = {"study": "help-wanted", "workers": workers, "process": HERE} | tags
+    parent = client.create_run(number, now, own, "help-wanted").info.run_id
     for trial, process in enumerate(processes):
         start = now + 1000 * (trial if after else trial // 2)
         nested = {"mlflow.parentRunId": parent, "process": process}
@@ -32,7 +32,7 @@ def study(processes, winner=True, workers="0", after=False, tags=TAG):
     return parent
 
 
-@wrong("10.1", r"has no finished trial: nobody has joined the study `help wanted` yet")
+@wrong("10.1", r"has no finished trial: nobody has joined the study `help-wanted` yet")
 def only_tagged():
     study([], winner=False)
 

@@ -23,7 +23,7 @@ SHOWN = {
     "06_serve_a_model": (1, 4, 1, 0),
     "07_run_a_project": (0, 2, 2, 0),
     "08_share_a_server": (0, 3, 1, 0),
-    "10_scale_out": (2, 6, 1, 3),
+    "10_scale_out": (2, 7, 1, 3),
 }
 # Lessons whose runs have pictures.
 PICTURED = {

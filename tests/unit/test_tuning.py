@@ -346,8 +346,12 @@ def test_a_worker_stays_as_long_as_one_that_died_elsewhere_may_look_alive(home, 
     dead = study.ask()
     dead.set_user_attr("process", "another machine:::1:1")
     study._storage.record_heartbeat(dead._trial_id)
+    client, parent = MlflowClient(), mlflow.get_run(study.user_attrs["parent_run_id"]).info
+    tags = {"mlflow.parentRunId": parent.run_id, "trial_number": "0"}
+    client.create_run(parent.experiment_id, tags=tags)  # it died before the trial knew of its run
     join("e")
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert [family()[1][number].info.status for number in range(3)] == ["KILLED", "FINISHED", "FINISHED"]
 
 
 def test_a_worker_stopped_in_the_middle_of_a_query_ends_its_trial(home):
