@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri, without_login
 from demo_lib.databases import refuse_mlflow
@@ -12,18 +13,18 @@ from demo_lib.identity import lives
 from demo_lib.store import kill_run
 from demo_lib.tracking import log_config
 
-import matplotlib.pyplot as plt
 import mlflow
 import optuna
 from filelock import FileLock
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Run
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -183,8 +184,11 @@ def _give_up(study: optuna.Study, trial: FrozenTrial) -> None:
     study.enqueue_trial(trial.params)
 
 
-def study_figures(study: optuna.Study) -> dict[str, Figure]:
+def study_figures(study: optuna.Study) -> dict[str, "Figure"]:
     """Return Optuna's plots of the study by name, closed: a notebook shows the one that a cell ends with."""
+    import matplotlib.pyplot as plt  # late: workers draw nothing
+    from matplotlib.ticker import MaxNLocator
+
     names = ["optimization_history", "intermediate_values", "parallel_coordinate"]
     if len(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])) >= 4:  # fewer say nothing of importance
         names.append("param_importances")

@@ -3,6 +3,8 @@
 A kernel looks for its owner by itself, but not before it has started, and then not on every system.
 """
 
+import atexit
+import gc
 import os
 import runpy
 import sys
@@ -22,4 +24,5 @@ if __name__ == "__main__":
     Thread(target=_follow, args=[end], daemon=True).start()
     if not sys.flags.safe_path:
         del sys.path[0]  # this file's folder
+    atexit.register(gc.freeze)  # or Python looks at its end for garbage in all that was imported: a second for PyTorch
     runpy.run_module("ipykernel_launcher", run_name="__main__", alter_sys=True)

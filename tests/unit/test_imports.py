@@ -6,8 +6,9 @@ import subprocess
 import sys
 from importlib import import_module
 
-from demo_lib.config import ROOT
+from demo_lib.config import ROOT, lessons
 
+import nbformat
 import pytest
 
 STACK = ["torch", "torchvision", "mlflow.pytorch", "optuna", "matplotlib.pyplot", "jupyterlab", "papermill", "nbval"]
@@ -113,7 +114,7 @@ NETWORK = CONFIG | {"joblib", "torch"}
 STORE = CONFIG | {"filelock", "mlflow", "psutil", "requests"}
 TRACKING = STORE | {"git"}
 TABLES = STORE | {"pandas"}
-TUNING = NETWORK | DATABASES | TRACKING | {"matplotlib.pyplot", "optuna", "tqdm"}
+TUNING = NETWORK | DATABASES | TRACKING | {"optuna", "tqdm"}
 MAY_LOAD = {
     "config": CONFIG,
     "identity": {"psutil"} | CONFIG,
@@ -153,6 +154,25 @@ import demo_lib.{module}
 print(*{{name.partition(".")[0] for name in sys.modules}} - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+# What a lesson's first cell loads only if the lesson uses it: it names it, or a module that does.
+SPARED = {"matplotlib", "optuna", "papermill", "scipy.stats", "sklearn", "sqlalchemy", "torch._dynamo", "torchvision"}
+USED = {"demo_lib.plots": {"matplotlib"}, "demo_lib.tuning": {"optuna", "sqlalchemy"}, "sklearn": {"scipy.stats"}}
+USED["demo_lib.exercises"] = USED["server"] = {"sqlalchemy"}
+
+
+@pytest.mark.parametrize("lesson", lessons(), ids=lambda path: path.stem)
+def test_a_lesson_loads_no_library_that_it_does_not_use(lesson):
+    cells = [cell.source for cell in nbformat.read(lesson, as_version=4).cells if cell.cell_type == "code"]
+    code = next(cell for cell in cells if "import demo_lib" in cell or "from demo_lib" in cell)
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))
+    names = re.findall(r"^(?:from|import) ([\w.]+)", code, re.M)
+    parts = {".".join(name.split(".")[:length]) for name in names for length in (1, 2)}
+    used = parts.union(*(USED.get(part, set()) for part in parts))
+    code += f"\nimport sys; print(*{SPARED - used!r} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=lesson.parent)
     assert done.stdout.split() == []
 
 
