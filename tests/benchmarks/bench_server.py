@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from server.database import database, database_address
 from server.process import running
 from server.settings import ServerSettings
-from tests.benchmarks.bench import machine, table
+from tests.benchmarks.rows import machine, table
 from tests.tools.load import STOPPED, Outcome, Target, load
 from tests.tools.processes import serving
 
