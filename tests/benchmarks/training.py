@@ -21,7 +21,7 @@ from tests.benchmarks.rows import Row, in_turns, seconds
 
 EPOCH_IMAGES = 12_000  # a fifth of an epoch
 QUICK = TrainConfig(train_images=60_000, epochs=2, log_every=50)
-FULL = TrainConfig(**read_yaml(LESSONS / "params" / "full.yaml") | {"epochs": 8})
+FULL = TrainConfig(**read_yaml(LESSONS / "params" / "full.yaml"))
 
 
 def usual_dataset() -> datasets.FashionMNIST:
