@@ -21,6 +21,7 @@ from demo_lib.config import (
     tracking_uri,
     without_login,
 )
+from demo_lib.identity import torchrun_processes
 from demo_lib.ops.processes import PYTHON
 
 STORES = ("mlflow", "optuna", "sqlalchemy")  # packages whose errors are the store's, not this code's
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         refuse_lost_folder()
+        if torchrun_processes() > 1 and given.do is not _train:
+            raise DemoError("torchrun is for `train`: start this command without it.")
         return given.do(given) or 0
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add(_doctor, "check this machine and say what to fix")
-    _add_fields(add(_train, "train one model, tracked in MLflow"), TrainConfig)
+    _add_fields(add(_train, "train one model, tracked in MLflow, or by torchrun with several processes"), TrainConfig)
     tune = add(_tune, "search for hyperparameters: one parent run, one child run a trial")
     tune.add_argument("--storage", metavar="URL", help="Optuna's database (default: store/optuna.db)")
     tune.add_argument("--dask", metavar="ADDRESS", help="let the workers of this Dask scheduler do the trials")
@@ -140,9 +143,11 @@ def _doctor(given: argparse.Namespace) -> int:
 
 def _train(given: argparse.Namespace) -> None:
     config = _config(TrainConfig, given)
-    from demo_lib.recipe import train
+    from demo_lib.recipe import train_together
 
-    run = train(config)
+    run = train_together(config)
+    if run is None:  # a process of torchrun that is not the first
+        return
     accuracy, seconds = run.data.metrics["test_accuracy"], run.data.metrics["fit_seconds"]
     _say(run, f"test accuracy {accuracy:.2%} after {seconds:.1f} s of training")
 

@@ -1,6 +1,7 @@
 """Which process is meant: a text for it that no clock, restart or other machine makes wrong."""
 
 import hashlib
+import os
 import socket
 import sys
 import uuid
@@ -39,6 +40,11 @@ def lives(identity: str) -> bool | None:
     except psutil.Error:  # it just ended, or is another user's and hidden
         return None
     return now == start if LINUX else abs(int(now) - int(start)) < 2 or None  # the clock was set, or it is a later one
+
+
+def torchrun_processes() -> int:
+    """Return how many processes torchrun started for this program, this one among them; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _start(pid: int) -> str:

@@ -1,14 +1,16 @@
 """Lesson 01 as one call."""
 
+import signal
 import time
 from collections.abc import Mapping
 
 from demo_lib.config import TrainConfig
 from demo_lib.data import batches, load_data
 from demo_lib.model import build_model
+from demo_lib.parallel import joined
 from demo_lib.store import connect
-from demo_lib.tracking import log_config, log_datasets, log_model, provenance, truthful_status
-from demo_lib.training import evaluate, fit
+from demo_lib.tracking import log_config, log_datasets, log_model, provenance, signals, truthful_status
+from demo_lib.training import evaluate, fit, pick_device
 
 import mlflow
 from mlflow.entities import Run
@@ -43,3 +45,17 @@ def train(config: TrainConfig, experiment: str = "train", tags: Mapping[str, str
         test = {f"test_{name}": value for name, value in evaluate(model, data.test).items()}
         mlflow.log_metrics(test, step=best.step)
     return mlflow.get_run(run.info.run_id)
+
+
+def train_together(config: TrainConfig) -> Run | None:
+    """Do as `train` with the processes that torchrun started, if it did; the first one tracks, and alone gets the run.
+
+    One of the others that dies ends the run FAILED. What `joined` refuses is a DemoError.
+    """
+    with joined(pick_device(config), config.batch_size) as rank:
+        if rank == 0:
+            return train(config)
+        with signals({signal.SIGINT: signal.SIG_IGN}):  # the first process closes the run; without it, this one ends
+            for _ in fit(build_model(config), load_data(config), config):
+                pass
+    return None

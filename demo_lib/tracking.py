@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from demo_lib.config import LESSONS, ROOT, Config, DemoError, TrainConfig, settings, without_login
-from demo_lib.identity import identity
+from demo_lib.identity import identity, torchrun_processes
 
 import git
 import mlflow
@@ -35,7 +35,7 @@ PACKAGES = ("mlflow", "torch", "torchvision", "optuna")
 
 
 def provenance(data: FashionData | None = None, config: TrainConfig | None = None) -> dict[str, str]:
-    """Return the tags that say where a run came from: source, commit, versions, data, device, seed, process.
+    """Return the tags that say where a run came from: source, commit, versions, data, device, seed, processes.
 
     The source is the notebook that is named like the connected experiment, or else the command line; for a run that
     `mlflow run` opened, MLflow has recorded it. Parts that are unknown are left out.
@@ -47,12 +47,13 @@ def provenance(data: FashionData | None = None, config: TrainConfig | None = Non
     if data is not None:
         tags |= {"data_source": data.source, "data_digest": data.digest}
     if config is not None:
+        from demo_lib.parallel import joined_processes
         from demo_lib.training import pick_device
 
         import torch
 
-        threads = str(torch.get_num_threads())
-        tags |= {"device": str(pick_device(config)), "cpu_threads": threads, "seed": str(config.seed)}
+        tags |= {"device": str(pick_device(config)), "cpu_threads": str(torch.get_num_threads())}
+        tags |= {"processes": str(joined_processes()), "seed": str(config.seed)}
     return tags
 
 
@@ -61,7 +62,8 @@ def truthful_status() -> Iterator[None]:
     """End the active run with the status that tells what happened; use it in the `with` that starts the run.
 
     Ctrl-C, SIGTERM, SIGHUP and `sys.exit` end it KILLED (MLflow alone says FAILED, or leaves it RUNNING); any other
-    exception ends it FAILED. The tag `error` has the exception, which goes on; the signals still end the process.
+    exception ends it FAILED, and so does SIGTERM where torchrun started several processes: it sends it when one of them
+    died. The tag `error` has the exception, which goes on; the signals still end the process.
     """
     run = mlflow.active_run()
     if run is None:
@@ -71,8 +73,9 @@ def truthful_status() -> Iterator[None]:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            status = getattr(error, "status", "KILLED") if interrupted else "FAILED"
             if interrupted:  # IPython asks for it: a page of traceback says nothing
-                shown = f"{type(error).__name__}: run {run.info.run_name} ({run.info.run_id}) ended KILLED."
+                shown = f"{type(error).__name__}: run {run.info.run_name} ({run.info.run_id}) ended {status}."
                 error._render_traceback_ = lambda: [shown]  # type: ignore[attr-defined]
             with signals(dict.fromkeys([signal.SIGINT, *ENDS], signal.SIG_IGN)):
                 if interrupted:  # a query that was cut off keeps SQLite locked as long as the traceback's frames live
@@ -80,7 +83,7 @@ def truthful_status() -> Iterator[None]:
                 MlflowClient().set_tag(run.info.run_id, "error", f"{type(error).__name__}: {error}".rstrip(": ")[:5000])
                 # With the runs nested in it that are still open; the run may have ended itself.
                 while mlflow.active_run() and mlflow.get_run(run.info.run_id).info.status == "RUNNING":
-                    mlflow.end_run("KILLED" if interrupted else "FAILED")
+                    mlflow.end_run(status)
             raise
 
 
@@ -88,6 +91,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP (a closed terminal) came; raised so that `with` blocks end before the process does."""
 
     signum: int = signal.SIGTERM
+    status: str = "KILLED"
 
 
 @contextmanager
@@ -96,6 +100,9 @@ def terminable() -> Iterator[None]:
 
     def handler(signum: int, frame: object) -> None:
         error = Terminated()
+        if signum == signal.SIGTERM and torchrun_processes() > 1:
+            error = Terminated("by torchrun, as another process has died or torchrun itself was told to stop")
+            error.status = "FAILED"
         error.signum = signum
         raise error
 

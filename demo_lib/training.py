@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from demo_lib.config import DemoError, TrainConfig
 from demo_lib.data import FashionData, Split, batches
+from demo_lib.parallel import global_batch, part, refuse_differences, sum_gradients, sum_over_processes
 
 import joblib
 import torch
@@ -42,7 +43,9 @@ def fit(model: nn.Module, data: FashionData, config: TrainConfig) -> Iterator[Re
     Records within an epoch hold `train_loss`, the mean since the record before; the record that ends an epoch also
     holds `val_loss`, `val_accuracy` and `learning_rate`. AdamW with a one-cycle learning rate (Smith and Topin 2018,
     arXiv:1708.07120). Same configuration, data and number of CPU threads: the same metrics to the bit on a CPU.
+    Processes that have `joined` share each batch, and all of them get the same records.
     """
+    refuse_differences(configuration=config, data=data.digest)
     device = pick_device(config)
     model.to(device).to(memory_format=torch.channels_last)
     train, validation = data.train.to(device), data.validation.to(device)
@@ -93,12 +96,18 @@ def predict(model: nn.Module, split: Split, batch_size: int = 500) -> Tensor:
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor, optimizer: Optimizer, schedule: LRScheduler) -> Tensor:
-    """Take one optimizer step and return its loss, still on the device: reading it would wait for a GPU."""
+    """Take one optimizer step and return this process's share of its loss.
+
+    It is still on the device: reading it would wait for a GPU.
+    """
     model.train()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=_has_bfloat16(images.device)):
-        loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+    size, images, labels = len(labels), part(images), part(labels)
+    with global_batch(size), torch.autocast(images.device.type, torch.bfloat16, enabled=_has_bfloat16(images.device)):
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, labels, reduction="sum") / size
     optimizer.zero_grad()
     loss.backward()
+    sum_gradients(model)
     optimizer.step()
     schedule.step()
     return loss.detach()
@@ -113,6 +122,6 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 def _mean(losses: list[Tensor]) -> float:
     """Return the mean of the losses gathered so far and empty the list."""
-    mean = torch.stack(losses).mean().item()
+    mean = sum_over_processes(torch.stack(losses)).mean().item()
     losses.clear()
     return mean

@@ -54,6 +54,8 @@ def differences(original: Run) -> list[str]:
         lines.append("uncommitted changes then: the commit alone does not bring back the code that ran")
     if here.get("git_dirty") == "true":
         lines.append("uncommitted changes here: what runs now is not the commit alone")
+    if then.get("processes", "1") != "1":
+        lines.append(f"processes: {then['processes']} trained together then, one does here: other rounding")
     return lines
 
 

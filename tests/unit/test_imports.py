@@ -28,7 +28,7 @@ def test_torchvision_has_its_operators():
 
 
 # Each room imports only rooms that stand before it.
-CORE = "config identity databases data model training store tracking study tuning runs plots recipe"
+CORE = "config identity databases data model parallel training store tracking study tuning runs plots recipe"
 CORE = [f"demo_lib.{name}" for name in CORE.split()]
 SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
@@ -92,7 +92,7 @@ def test_imports_go_one_way(room):
 
 
 def test_the_network_knows_no_mlflow():
-    for room in ("demo_lib.data", "demo_lib.model", "demo_lib.training"):
+    for room in ("demo_lib.data", "demo_lib.model", "demo_lib.parallel", "demo_lib.training"):
         assert "mlflow" not in re.findall(r"^ *(?:import|from) (\w+)", path_of(room).read_text("utf-8"), re.M)
 
 
@@ -121,7 +121,8 @@ MAY_LOAD = {
     "databases": DATABASES,
     "data": NETWORK,
     "model": NETWORK,
-    "training": NETWORK,
+    "parallel": CONFIG | {"psutil", "torch"},
+    "training": NETWORK | {"psutil"},
     "store": STORE,
     "tracking": TRACKING,
     "study": TUNING - {"joblib", "torch"},
