@@ -1,8 +1,8 @@
 """Data parallel training: the processes that torchrun starts share each batch, and train as one process would.
 
-All draw the same batches, each computes with its rows, and sums go over all: of gradients, losses, and batch norm's. In
-exact arithmetic, the values are those of one process. Rounding makes a step differ in the last digits, and training
-makes differences grow: in float32 or bfloat16, two processes come to other values than one, as another seed would.
+All draw the same batches, each computes with its rows, and sums go over all: of gradients, losses, and batch norm's. So
+a step is that of one process but for rounding, and in float64 a whole training is, too. In float32 and bfloat16 training
+makes these differences grow, until they are as large as those between one process's training in float32 and in float64.
 """
 
 import os
@@ -37,8 +37,8 @@ def joined(device: torch.device, batch_size: int) -> Iterator[int]:
         _take_gpu()
     elif device.type != "cpu":
         raise DemoError(f"processes can't train together on {device.type}: add --device cpu, or leave out torchrun.")
-    # Before there is a group: imported later, by the optimizer, it keeps the group, whose threads then abort at exit.
-    import torch.distributed.nn
+    # An optimizer imports it, and then it keeps a group that is there, whose threads abort when Python ends.
+    import torch.distributed.nn  # noqa: F401
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
