@@ -1,8 +1,8 @@
 """Data parallel training: the processes that torchrun starts share each batch, and train as one process would.
 
 All draw the same batches, each computes with its rows, and sums go over all: of gradients, losses, and batch norm's. So
-a step is that of one process but for rounding, and in float64 a whole training is, too. In float32 and bfloat16 training
-makes these differences grow, until they are as large as those between one process's training in float32 and in float64.
+a step is that of one process but for rounding, and in float64 a whole training is, too. In float32 and bfloat16, training
+makes these differences grow: to those between one process's training in float32 and in float64.
 """
 
 import os
