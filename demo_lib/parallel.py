@@ -1,8 +1,8 @@
 """Data parallel training: the processes that torchrun starts share each batch, and train as one process would.
 
-All draw the same batches, each computes with its rows, and sums go over all: of gradients, losses, and batch norm's. So
-a step is that of one process but for rounding, and in float64 a whole training is, too. In float32 and bfloat16, training
-makes these differences grow: to those between one process's training in float32 and in float64.
+All draw the same batches, each computes with its rows, and sums go over all: of gradients, losses and batch norm. A
+step is that of one process but for rounding; in float64, so is a whole training. In float32 and bfloat16, training lets
+such differences grow to those between one process's training in float32 and in float64.
 """
 
 import os
@@ -84,7 +84,7 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        todo = f"see what it printed, and start again ({error})"
+        todo = f"see what it printed, and start again ({str(error).partition('. ')[0]})"
         raise DemoError(f"another process of this training is gone: {todo}.") from None
 
 
