@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         help="YAML file: a list of sets of parameters, or lists of values for all combinations; each set is one run",
     )
     run.add_argument("--resume", metavar="BATCH_ID", help="go on with a batch that was interrupted or failed")
+    run.add_argument("--dask", metavar="ADDRESS", help="let the workers of this Dask scheduler run the lessons")
+    run.add_argument("--join", nargs=3, help=argparse.SUPPRESS)  # what such a worker is told
     add(_plot, "draw a run's loss curve and log it to the run", of_run)
     export = add(_export, "write a run's configuration or its metrics to a file", of_run)
     export.add_argument("--to", type=Path, required=True, metavar="FILE", help="FILE.yaml, FILE.csv or FILE.parquet")
@@ -174,12 +176,17 @@ def _tune(given: argparse.Namespace) -> None:
 def _run(given: argparse.Namespace) -> int:
     from demo_lib.ops import batch
 
+    if given.join:
+        batch.join(*given.join)
+        return 0
+    if given.dask and given.jobs:
+        raise DemoError("a Dask cluster knows how many jobs it does at once: leave out --jobs.")
     if given.resume is not None:
         if given.lessons or given.param or given.file or given.sweep or given.output:
-            raise DemoError("--resume takes all from the batch: leave out everything but --jobs.")
-        done = batch.resume(given.resume, given.jobs)
+            raise DemoError("--resume takes all from the batch: leave out everything but --jobs and --dask.")
+        done = batch.resume(given.resume, given.jobs, given.dask)
     else:
-        batch.run(done := _jobs(given), given.jobs)
+        batch.run(done := _jobs(given), given.jobs, given.dask)
     folder = os.path.commonpath([job.output.parent for job in done])
     print(f"\nThe executed notebooks are in {folder}. See the runs in MLflow: {PYTHON} -m demo_lib ui")
     return 0 if all(job.status == "FINISHED" for job in done) else 1

@@ -104,8 +104,13 @@ def run_job(job: Job, batch: Batch, kernels: Kernels) -> Job:
     # What the kernel left, or one before it that was killed.
     if experiment := mlflow.get_experiment_by_name(own_name(job.notebook.stem)):
         close_stale_runs([experiment.experiment_id])
-    print(f"{job.name}: {job.status.lower()} in {job.seconds:.1f} s\n", end="", flush=True)  # one line, of one thread
+    say(job)
     return job
+
+
+def say(job: Job) -> None:
+    """Print that the job is done."""
+    print(f"{job.name}: {job.status.lower()} in {job.seconds:.1f} s\n", end="", flush=True)  # one line, of one thread
 
 
 def reopen(run_id: str, tags: dict[str, str]) -> None:

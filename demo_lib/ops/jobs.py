@@ -38,6 +38,7 @@ class Job:
     status: str = "NOT RUN"  # then RUNNING and, as MLflow calls them, FINISHED, FAILED or KILLED
     seconds: float = 0.0
     error: str = ""
+    ended: float = 0.0  # when its run did, in seconds since 1970; 0: unknown
 
 
 def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[Job]:
@@ -59,7 +60,7 @@ def plan(names: Iterable[str], params: Mapping[str, Any], output: Path) -> list[
     for path, (notebook, kinds) in zip(outputs, declared.items(), strict=True):
         own = {name: values[name] for name in kinds if name in values}
         apart = {"lesson": notebook.stem}
-        made.append(Job(notebook.stem, notebook, _digest(notebook), own, path, apart, len(made)))
+        made.append(Job(notebook.stem, notebook, digest(notebook), own, path, apart, len(made)))
     return made
 
 
@@ -84,10 +85,10 @@ def sweep(names: Sequence[str], sets: Sequence[Mapping[str, Any]], common: Mappi
             raise DemoError(f"sets {[*made].index(key) + 1} and {number} of the sweep are equal: leave one out.")
         made[key] = values
     apart = _differences([*made.values()])
-    digest, jobs = _digest(found[0]), []
+    sha, jobs = digest(found[0]), []
     for name, values, own in zip(_names(found[0].stem, apart), made.values(), apart, strict=True):
         path = output.resolve() / name / found[0].name
-        jobs.append(Job(name, found[0], digest, values, path, own if len(made) > 1 else {"lesson": name}, len(jobs)))
+        jobs.append(Job(name, found[0], sha, values, path, own if len(made) > 1 else {"lesson": name}, len(jobs)))
     _refuse_overwriting(found, [job.output for job in jobs])
     return jobs
 
@@ -137,8 +138,13 @@ def refuse_changed(jobs: Iterable[Job]) -> None:
     for job in jobs:
         if not job.notebook.is_file():
             raise DemoError(f"{job.notebook} is gone: bring it back, or begin a new batch.")
-        if _digest(job.notebook) != job.digest:
+        if digest(job.notebook) != job.digest:
             raise DemoError(f"{job.notebook} has changed since the batch began: undo that, or begin a new batch.")
+
+
+def digest(notebook: Path) -> str:
+    """Return the SHA-256 of the notebook's file."""
+    return hashlib.sha256(notebook.read_bytes()).hexdigest()
 
 
 def _find(name: str) -> Path:
@@ -200,10 +206,6 @@ def _combinations(values: Mapping[str, list]) -> Iterable[dict[str, Any]]:
 def _refuse_overwriting(notebooks: Iterable[Path], outputs: Iterable[Path]) -> None:
     if lost := {*outputs} & {*notebooks, *LESSONS.glob("*.ipynb")}:
         raise DemoError(f"{min(lost)} would be overwritten: choose another --output.")
-
-
-def _digest(notebook: Path) -> str:
-    return hashlib.sha256(notebook.read_bytes()).hexdigest()
 
 
 def _relative(path: Path, folder: Path) -> str:

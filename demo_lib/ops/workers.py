@@ -2,19 +2,17 @@
 
 import math
 import os
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from demo_lib import tuning
-from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, tracking_uri
+from demo_lib.config import DemoError, TuneConfig, settings, tracking_uri
 from demo_lib.data import load_data
+from demo_lib.ops.cluster import answer, cluster, submit
 from demo_lib.ops.processes import OwnedProcess
 from demo_lib.store import close_stale_runs, open_store
 from demo_lib.study import GRACE, MEMORY, done, equip, is_stopped, open_storage, return_to, running, storage_address
@@ -28,8 +26,6 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from distributed import Client
-
-LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = None, dask: str | None = None) -> Run:
@@ -59,8 +55,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
         else:
             yield from _work_here(study.study_name, count, environment)
 
-    with ExitStack() as stack:
-        client = stack.enter_context(_cluster(dask)) if dask else None
+    with cluster(dask) as client:
         return tuning.tune(config, experiment, storage, work)
 
 
@@ -83,28 +78,8 @@ def join(name: str, storage: str | None = None) -> None:
         list(tuning.do_trials(study, config, load_data(config.train_config())))
 
 
-def join_elsewhere(name: str, environment: dict[str, str], host: str) -> str:
-    """Join the study by a command, on a cluster's machine, and return what it said last if it failed.
-
-    `host` is the machine that has the study's files, if it has any.
-    """
-    here, files = (
-        socket.gethostname(),
-        map(sqlite_file, (environment["DEMO_STORAGE"], environment["MLFLOW_TRACKING_URI"])),
-    )
-    if here != host and any(files):
-        return f"{here} can't open a file of {host}: give --storage a PostgreSQL, and MLFLOW_TRACKING_URI a server."
-    with tempfile.TemporaryFile() as said:
-        with OwnedProcess(_command(name), said, os.environ | environment) as worker:
-            while worker.exit_code is None:
-                time.sleep(0.3)
-        said.seek(0)
-        last = said.read().decode(errors="replace").strip().rpartition("\n")[2]
-    return f"{here}: {last or f'exit code {worker.exit_code}'}" if worker.exit_code else ""
-
-
 def _command(name: str) -> list[str]:
-    return [sys.executable, "-m", "demo_lib", "tune", "--join", name]
+    return ["tune", "--join", name]
 
 
 def _wait_for_others(study: optuna.Study, config: TuneConfig) -> Iterator[None]:
@@ -125,7 +100,8 @@ def _wait_for_others(study: optuna.Study, config: TuneConfig) -> Iterator[None]:
 def _work_here(name: str, count: int, environment: dict[str, str]) -> Iterator[None]:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // count))
     given = os.environ | environment | {"OMP_NUM_THREADS": threads, "DEMO_HOME": str(settings().home)}
-    workers = [OwnedProcess(_command(name), subprocess.DEVNULL, given) for _ in range(count)]
+    command = [sys.executable, "-m", "demo_lib", *_command(name)]
+    workers = [OwnedProcess(command, subprocess.DEVNULL, given) for _ in range(count)]
     try:
         while any(worker.exit_code is None for worker in workers):
             time.sleep(0.3)
@@ -137,34 +113,13 @@ def _work_here(name: str, count: int, environment: dict[str, str]) -> Iterator[N
         close_stale_runs([mlflow.active_run().info.experiment_id])
 
 
-@contextmanager
-def _cluster(address: str) -> Iterator["Client"]:
-    try:
-        from distributed import Client
-    except ModuleNotFoundError:
-        raise DemoError("Dask is not installed: `pip install -e '.[dask]'` in this project's environment.") from None
-    try:
-        client = Client(address, timeout=10)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DemoError(f"no Dask scheduler answers at {address} ({reason}): start it, or correct --dask.") from None
-    with client:
-        if not client.scheduler_info()["workers"]:
-            print(f"the Dask scheduler at {address} has no workers yet: the trials wait for them.", flush=True)
-        yield client
-
-
 def _work_on_cluster(client: "Client", name: str, count: int, environment: dict[str, str]) -> Iterator[None]:
-    login = {name: os.environ[name] for name in LOGIN if name in os.environ}
-    given = (name, environment | login, socket.gethostname())
-    tasks = [client.submit(join_elsewhere, *given, pure=False) for _ in range(count)]
+    tasks = [submit(client, _command(name), environment) for _ in range(count)]
     try:
         while not all(task.done() for task in tasks):
             time.sleep(0.3)
             yield
-        lost = "the scheduler, or the connection to it, is gone"
-        said = {lost if task.cancelled() else str(task.exception() or task.result()) for task in tasks}
-        for problem in sorted(said - {""}):
+        for problem in sorted({answer(task) for task in tasks} - {""}):
             tqdm.write(f"a worker failed: {problem}")  # above the bar
     finally:
         client.cancel(tasks)  # only those that have not begun: `stop` of the study ends the others

@@ -34,7 +34,7 @@ SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
 EXERCISES = ["evidence", "judging", "words", "quiz", *(f"lesson_{number:02}" for number in (*range(9), 10))]
 EXERCISES = [f"demo_lib.exercises.{name}" for name in [*EXERCISES, "faults", "hunts", "capstone"]]
-OPS = "workers kernel jobs execution batch reproduce originals copying push doctor"
+OPS = "cluster workers kernel jobs execution records batch reproduce originals copying push doctor"
 OPS = [f"demo_lib.ops.{name}" for name in OPS.split()]
 SERVER = "settings studies database client process background readiness participants progress backup cleanup __main__"
 SERVER = [f"server.{name}" for name in SERVER.split()]
@@ -44,6 +44,7 @@ LATE = {
     "demo_lib.store",
     "demo_lib.tracking",
     "demo_lib.ops.execution",
+    "demo_lib.ops.records",
     "demo_lib.ops.batch",
     "demo_lib.ops.doctor",
     "demo_lib.__main__",
@@ -132,9 +133,11 @@ MAY_LOAD = {
     "recipe": NETWORK | TRACKING | {"tqdm"},
     "ops.guard": {"psutil"},
     "ops.processes": CONFIG | {"requests"},
+    "ops.cluster": CONFIG | {"requests"},
     "ops.workers": TUNING,
     "ops.jobs": CONFIG | {"papermill"},
     "ops.execution": CONFIG | {"papermill"},
+    "ops.records": CONFIG | {"papermill"},
     "ops.batch": CONFIG | {"filelock", "joblib", "papermill", "psutil", "requests"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
     "ops.push": TABLES | {"yaml"},

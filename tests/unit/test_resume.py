@@ -132,7 +132,7 @@ def test_what_can_not_be_resumed_is_named(cli, notebook, tmp_path):
     with mlflow.start_run(experiment_id=connect("other").experiment_id) as other:
         pass
     for arguments, message in [
-        (["01", "--resume", found], "--resume takes all from the batch: leave out everything but --jobs."),
+        (["01", "--resume", found], "--resume takes all from the batch: leave out everything but --jobs and --dask."),
         (["--resume", found, "-p", "number", "1"], "--resume takes all from the batch"),
         (["--resume", found, "--output", "x"], "--resume takes all from the batch"),
         (["--resume", "zz"], "no run's id begins with 'zz'"),

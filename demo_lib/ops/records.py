@@ -1,0 +1,120 @@
+"""What the store knows of a batch: the plan of its jobs, what came of each, and their executed notebooks."""
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from demo_lib.config import LESSONS, DemoError, whole_file
+from demo_lib.ops.execution import Batch
+from demo_lib.ops.jobs import Job, digest, load
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+PLAN, NOTEBOOKS = "batch.json", "notebooks"
+
+
+def planned(parent: "Run") -> list[Job]:
+    """Return the jobs as they were planned; a run that has no plan is a DemoError."""
+    import mlflow
+
+    run_id, above = parent.info.run_id, parent.data.tags.get("mlflow.parentRunId")
+    if PLAN in {each.path for each in mlflow.artifacts.list_artifacts(run_id=run_id)}:
+        with suppress(ValueError):  # it was killed while it wrote
+            return load(json.loads(mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/{PLAN}")))
+    todo = f"give its parent's id, {above}" if above else "if it was killed before its first job, begin it again"
+    raise DemoError(f"run {run_id} is no batch, or has no plan of its jobs: {todo}.")
+
+
+def recall(parent: "Run", jobs: Sequence[Job]) -> None:
+    """Note in each job what came of it, as its child run has it."""
+    import mlflow
+
+    nested, known = f"tags.mlflow.parentRunId = '{parent.info.run_id}'", {str(job.number): job for job in jobs}
+    if len(jobs) == 1:
+        nested += f" AND tags.job = '{jobs[0].number}'"
+    for child in mlflow.search_runs([parent.info.experiment_id], nested, output_format="list"):
+        if job := known.get(child.data.tags.get("job", "")):
+            job.run_id, job.error = child.info.run_id, child.data.tags.get("error", "")
+            job.status = "KILLED" if child.info.status == "RUNNING" else child.info.status
+            job.seconds, job.ended = child.data.metrics.get("seconds", 0.0), (child.info.end_time or 0) / 1000
+
+
+def note_failure(job: Job, batch: Batch, error: str) -> None:
+    """Note, in the job and in its run, why it failed in a process that could not note it."""
+    from mlflow import MlflowClient
+
+    client, tags = MlflowClient(), batch.tags | {"job": str(job.number), "mlflow.parentRunId": batch.run_id}
+    job.run_id = job.run_id or client.create_run(batch.experiment_id, tags=tags, run_name=job.name).info.run_id
+    job.status, job.error = "FAILED", error
+    client.set_tag(job.run_id, "error", error[:5000])
+    client.set_terminated(job.run_id, "FAILED")
+
+
+def send_notebooks(jobs: Iterable[Job]) -> None:
+    """Log to the active run the notebooks that are none of this project's lessons, for `find_notebook`."""
+    import mlflow
+
+    for notebook in {job.notebook for job in jobs if job.notebook.parent != LESSONS}:
+        mlflow.log_artifact(str(notebook), NOTEBOOKS)
+
+
+def find_notebook(parent: "Run", job: Job, folder: Path) -> Path:
+    """Return the job's notebook, at its own place or else, as it was sent, in the folder.
+
+    A lesson that is another one here is a DemoError.
+    """
+    import mlflow
+
+    if job.notebook.is_file() and digest(job.notebook) == job.digest:
+        return job.notebook
+    run_id, sent = parent.info.run_id, f"{NOTEBOOKS}/{job.notebook.name}"
+    if sent not in {each.path for each in mlflow.artifacts.list_artifacts(run_id=run_id, artifact_path=NOTEBOOKS)}:
+        what = f"the batch runs another {job.notebook.name} than {job.notebook.parent} of {socket.gethostname()} has"
+        raise DemoError(f"{what}: the checkouts differ, bring both to the same commit.")
+    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=sent, dst_path=str(folder)))
+
+
+def fetch(job: Job) -> None:
+    """Bring the job's executed notebook and its page from its run to their place; that this can't be fails the job."""
+    import mlflow
+
+    there = {each.path for each in mlflow.artifacts.list_artifacts(run_id=job.run_id)}
+    try:
+        with TemporaryDirectory() as folder:
+            for path in {job.output.with_suffix(".html"), job.output}:
+                if path.name in there:
+                    brought = mlflow.artifacts.download_artifacts(
+                        run_id=job.run_id, artifact_path=path.name, dst_path=folder
+                    )
+                    with whole_file(path) as partial:
+                        shutil.copyfile(brought, partial)
+    except OSError as error:
+        job.status, job.error = "FAILED", f"its executed notebook could not be kept: {error}"
+
+
+def is_here(job: Job) -> bool:
+    """Whether the job's executed notebook lies in its place, and none from before; clocks may differ by a minute."""
+    return job.output.is_file() and job.output.stat().st_mtime > job.ended - 60
+
+
+def await_end(parent: "Run", seconds: float = 60) -> None:
+    """Wait until no job of the batch runs; runs of those that still do after so long are ended, their machines gone."""
+    from demo_lib.store import kill_run
+
+    import mlflow
+
+    chosen = f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND attributes.status = 'RUNNING'"
+    deadline = time.monotonic() + seconds
+    while left := mlflow.search_runs([parent.info.experiment_id], chosen, output_format="list"):
+        if time.monotonic() > deadline:
+            for run in left:
+                kill_run(run.info.run_id)
+            return
+        time.sleep(0.5)
