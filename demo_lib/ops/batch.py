@@ -75,12 +75,14 @@ def resume(batch_id: str, workers: int = 0, dask: str | None = None) -> list[Job
     `batch_id` is the parent's run id, or its first digits. A run that is no batch, a batch that still runs, and a
     notebook that has changed since are a DemoError.
     """
+    from demo_lib.runs import find_run
     from demo_lib.store import close_stale_runs
     from demo_lib.tracking import provenance, truthful_status
 
     import mlflow
 
-    run_id = _open(batch_id)
+    _open_store()
+    run_id = find_run(batch_id).info.run_id
     folder = settings().home / "store"
     folder.mkdir(parents=True, exist_ok=True)
     with cluster(dask) as client:
@@ -116,12 +118,13 @@ def join(batch_id: str, number: str, process: str) -> None:
     import mlflow
     from mlflow import MlflowException
 
-    parent = mlflow.get_run(_open(batch_id))
+    _open_store()
+    parent = mlflow.get_run(batch_id)
     job = planned(parent)[int(number)]
 
     def follow() -> None:
         with suppress(MlflowException):  # a server that does not answer says nothing of the batch
-            now = mlflow.get_run(parent.info.run_id)
+            now = mlflow.get_run(batch_id)
             if (now.info.status, now.data.tags.get("process")) != ("RUNNING", process):
                 raise KeyboardInterrupt
 
@@ -152,14 +155,11 @@ def _rows(jobs: Sequence[Job]) -> list[list[Any]]:
     ]
 
 
-def _open(batch_id: str) -> str:
-    """Open the store, and return the whole id of the batch's run."""
-    from demo_lib.runs import find_run
+def _open_store() -> None:
     from demo_lib.store import open_store
 
     open_store()
     os.environ.pop("MLFLOW_RUN_ID", None)  # of a run that `mlflow run` opened, in which MLflow would go on
-    return find_run(batch_id).info.run_id
 
 
 def _work(parent: "Run", jobs: Sequence[Job], workers: int, client: "Client | None") -> None:
@@ -236,10 +236,12 @@ def _take(parent: "Run", job: Job, batch: Batch, task: "Future") -> None:
         raise DemoError(f"{LOST}: look whether it runs, then go on with --resume.")
     if isinstance(error := task.exception(), DemoError):
         raise error
-    recall(parent, [job])
     if problem := answer(task):
+        await_end(parent, job, 20)  # it may be about to: what a killed worker has started ends after it
+        recall(parent, [job])
         note_failure(job, batch, problem)
     else:
+        recall(parent, [job])
         fetch(job)
     say(job)
 

@@ -67,7 +67,7 @@ def run_elsewhere(arguments: list[str], environment: dict[str, str], host: str) 
         todo = "give --storage a PostgreSQL, and MLFLOW_TRACKING_URI a server"
         raise DemoError(f"{here} can't open a file of {host}: {todo}.")
     # A task has one of its Dask worker's threads; with a nanny, Dask says so itself.
-    given = {"OMP_NUM_THREADS": "1"} | os.environ | environment
+    given = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1"} | environment
     with tempfile.TemporaryFile() as said:
         with OwnedProcess([sys.executable, "-m", "demo_lib", *arguments], said, given) as command:
             while command.exit_code is None:

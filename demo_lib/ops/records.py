@@ -34,27 +34,38 @@ def planned(parent: "Run") -> list[Job]:
 
 def recall(parent: "Run", jobs: Sequence[Job]) -> None:
     """Note in each job what came of it, as its child run has it."""
-    import mlflow
-
-    nested, known = f"tags.mlflow.parentRunId = '{parent.info.run_id}'", {str(job.number): job for job in jobs}
-    if len(jobs) == 1:
-        nested += f" AND tags.job = '{jobs[0].number}'"
-    for child in mlflow.search_runs([parent.info.experiment_id], nested, output_format="list"):
+    known = {str(job.number): job for job in jobs}
+    for child in _children(parent, f"AND tags.job = '{jobs[0].number}'" if len(jobs) == 1 else ""):
         if job := known.get(child.data.tags.get("job", "")):
             job.run_id, job.error = child.info.run_id, child.data.tags.get("error", "")
             job.status = "KILLED" if child.info.status == "RUNNING" else child.info.status
             job.seconds, job.ended = child.data.metrics.get("seconds", 0.0), (child.info.end_time or 0) / 1000
 
 
+def await_end(parent: "Run", job: Job | None = None, seconds: float = 60) -> None:
+    """Wait until the job, or none of the batch, runs; after so long their runs are ended: their machine is gone."""
+    from demo_lib.store import kill_run
+
+    chosen = "AND attributes.status = 'RUNNING'" + (f" AND tags.job = '{job.number}'" if job else "")
+    deadline = time.monotonic() + seconds
+    while left := _children(parent, chosen):
+        if time.monotonic() > deadline:
+            for run in left:
+                kill_run(run.info.run_id)
+            return
+        time.sleep(0.5)
+
+
 def note_failure(job: Job, batch: Batch, error: str) -> None:
     """Note, in the job and in its run, why it failed in a process that could not note it."""
-    from mlflow import MlflowClient
+    import mlflow
 
-    client, tags = MlflowClient(), batch.tags | {"job": str(job.number), "mlflow.parentRunId": batch.run_id}
-    job.run_id = job.run_id or client.create_run(batch.experiment_id, tags=tags, run_name=job.name).info.run_id
-    job.status, job.error = "FAILED", error
-    client.set_tag(job.run_id, "error", error[:5000])
-    client.set_terminated(job.run_id, "FAILED")
+    tags = batch.tags | {"job": str(job.number), "error": error[:5000]}
+    nested = {"experiment_id": batch.experiment_id, "parent_run_id": batch.run_id, "nested": True}
+    with mlflow.start_run(job.run_id or None, run_name=job.name, tags=tags, **nested) as child:
+        mlflow.log_params(job.params)
+        mlflow.end_run("FAILED")
+    job.run_id, job.status, job.error = child.info.run_id, "FAILED", error
 
 
 def send_notebooks(jobs: Iterable[Job]) -> None:
@@ -104,17 +115,8 @@ def is_here(job: Job) -> bool:
     return job.output.is_file() and job.output.stat().st_mtime > job.ended - 60
 
 
-def await_end(parent: "Run", seconds: float = 60) -> None:
-    """Wait until no job of the batch runs; runs of those that still do after so long are ended, their machines gone."""
-    from demo_lib.store import kill_run
-
+def _children(parent: "Run", where: str) -> list["Run"]:
     import mlflow
 
-    chosen = f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND attributes.status = 'RUNNING'"
-    deadline = time.monotonic() + seconds
-    while left := mlflow.search_runs([parent.info.experiment_id], chosen, output_format="list"):
-        if time.monotonic() > deadline:
-            for run in left:
-                kill_run(run.info.run_id)
-            return
-        time.sleep(0.5)
+    nested = f"tags.mlflow.parentRunId = '{parent.info.run_id}' {where}"
+    return mlflow.search_runs([parent.info.experiment_id], nested, output_format="list")

@@ -10,6 +10,7 @@ import sys
 from demo_lib.__main__ import _parser
 from demo_lib.config import ROOT, DemoError
 from demo_lib.ops import workers
+from demo_lib.ops.cluster import run_elsewhere
 from demo_lib.ops.processes import free_port
 from demo_lib.study import open_storage
 
@@ -70,10 +71,10 @@ def test_the_lines_for_jobqueue_tell_a_command_that_is_understood():
 
 @pytest.mark.parametrize("storage", ["sqlite:////here/optuna.db", "postgresql://a:b@db/optuna"])
 def test_another_machine_does_not_open_files_of_this_one(storage):
-    said = workers.join_elsewhere(
-        "s", {"DEMO_STORAGE": storage, "MLFLOW_TRACKING_URI": "sqlite:////here/m.db"}, "other"
-    )
-    assert said.startswith(f"{socket.gethostname()} can't open a file of other: give --storage a PostgreSQL")
+    environment = {"DEMO_STORAGE": storage, "MLFLOW_TRACKING_URI": "sqlite:////here/m.db"}
+    said = f"{socket.gethostname()} can't open a file of other: give --storage a PostgreSQL"
+    with pytest.raises(DemoError, match=said):
+        run_elsewhere(["doctor"], environment, "other")
 
 
 def test_a_cluster_that_can_not_be_is_one_sentence(home, monkeypatch):

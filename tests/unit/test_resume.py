@@ -22,34 +22,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.tools.batches import batch_id, kernels_of, runs_of_batch
-from tests.tools.processes import PATIENCE, normal_signals, wait_until
-
-
-@pytest.fixture
-def start(home, tmp_path):
-    """Start `python -m demo_lib run` in the background, with its output in the file `said`."""
-    started = []
-
-    def call(*arguments):
-        command = [sys.executable, "-u", "-m", "demo_lib", "run", *map(str, arguments)]
-        with (tmp_path / "said").open("w") as said:
-            started.append(subprocess.Popen(command, stdout=said, stderr=said, preexec_fn=normal_signals))
-        return started[-1]
-
-    yield call
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def waiting(tmp_path):
-    """Return a cell that notes that the job has begun, and waits for the file `go`."""
-    return (
-        "import time, pathlib\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "(folder / f'began-{number}').touch()\n"
-        "while not (folder / 'go').exists(): time.sleep(0.05)"
-    )
+from tests.tools.processes import PATIENCE, wait_until
 
 
 def test_what_failed_is_tried_again_in_its_own_run(cli, notebook, tmp_path):
@@ -78,10 +51,10 @@ def test_what_failed_is_tried_again_in_its_own_run(cli, notebook, tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_batch_of_lessons_says_how_to_go_on(start, cli, notebook, tmp_path, signum):
+def test_an_interrupted_batch_of_lessons_says_how_to_go_on(start, cli, notebook, waiting, tmp_path, signum):
     names = [
         notebook("done", "number: int = 1"),
-        notebook("slow", "number: int = 1", waiting(tmp_path)),
+        notebook("slow", "number: int = 1", waiting),
         notebook("later", "number: int = 1"),
     ]
     process = start(*names, "--jobs", 1, "--output", tmp_path / "out")
@@ -100,8 +73,8 @@ def test_an_interrupted_batch_of_lessons_says_how_to_go_on(start, cli, notebook,
     assert not [run for run in [parent, *children.values()] if "error" in run.data.tags]
 
 
-def test_a_batch_that_still_runs_is_not_resumed(start, cli, notebook, tmp_path):
-    process = start(notebook("slow", "number: int = 1", waiting(tmp_path)))
+def test_a_batch_that_still_runs_is_not_resumed(start, cli, notebook, waiting, tmp_path):
+    process = start(notebook("slow", "number: int = 1", waiting))
     wait_until((tmp_path / "began-1").exists)
     found = batch_id((tmp_path / "said").read_text())
     refused = cli("run", "--resume", found)
