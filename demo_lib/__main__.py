@@ -174,10 +174,10 @@ def _tune(given: argparse.Namespace) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from demo_lib.ops import batch
+    from demo_lib.ops import batch, remote
 
     if given.join:
-        batch.join(*given.join)
+        remote.join(*given.join)
         return 0
     if given.dask and given.jobs:
         raise DemoError("a Dask cluster knows how many jobs it does at once: leave out --jobs.")

@@ -1,21 +1,27 @@
-"""One job of a batch: a notebook is executed in a kernel of its own, as a child run that ends as the job did."""
+"""Jobs of a batch: each notebook is executed in a kernel of its own, as a child run that ends as the job did."""
 
 import logging
 import os
 import subprocess
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from demo_lib.config import whole_file
+from demo_lib.config import settings, tracking_uri, whole_file
 from demo_lib.ops.jobs import Job
 
+import joblib
 import nbformat
 import papermill as pm
 from jupyter_client import KernelClient, KernelManager
 from jupyter_client.kernelspec import KernelSpecManager
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it says of an error is in the report
 KERNEL = Path(__file__).with_name("kernel.py")
@@ -75,6 +81,35 @@ class Kernels:
             self.end(kernel)
 
 
+def describe(parent: "Run", workers: int) -> Batch:
+    """Return what the jobs have in common whose parent run this is, and of which so many run at once."""
+    from demo_lib.tracking import provenance
+
+    run_id = parent.info.run_id
+    return Batch(run_id, parent.info.experiment_id, provenance() | {"batch_id": run_id}, _variables(run_id, workers))
+
+
+def run_here(
+    parent: "Run", jobs: Sequence[Job], workers: int, follow: Callable[[], None] = lambda: None, every: float = 1
+) -> None:
+    """Run the jobs, `workers` at a time (0: one a core), and end all kernels at an exception in the main thread.
+
+    `follow` is called each time that so many seconds have passed, and may raise one.
+    """
+    workers = min(max(workers, 0) or joblib.cpu_count(), max(len(jobs), 1))
+    batch, kernels = describe(parent, workers), Kernels()
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run_job, job, batch, kernels) for job in jobs]
+        try:
+            while wait(futures, timeout=every).not_done:  # Windows delivers Ctrl-C only between waits
+                follow()
+        except BaseException:
+            kernels.end_all()
+            raise
+    for future in futures:
+        future.result()
+
+
 def run_job(job: Job, batch: Batch, kernels: Kernels) -> Job:
     """Run the job as a child run of the batch, and return it with its `run_id`, `status`, `seconds` and `error`.
 
@@ -123,6 +158,17 @@ def reopen(run_id: str, tags: dict[str, str]) -> None:
     if "error" in client.get_run(run_id).data.tags:
         client.delete_tag(run_id, "error")
     client.update_run(run_id, "RUNNING")
+
+
+def _variables(run_id: str, workers: int) -> dict[str, str]:
+    """Return the variables of the kernels, which say that their runs are this batch's."""
+    return {
+        "MLFLOW_RUN_ID": "",  # a run that `mlflow run` opened is the batch's, not a lesson's
+        "MLFLOW_TRACKING_URI": tracking_uri(),  # absolute: a kernel works in the notebook's folder
+        "DEMO_HOME": str(settings().home),
+        "DEMO_BATCH_ID": run_id,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, joblib.cpu_count() // workers)),
+    }
 
 
 def _execute(job: Job, executed: Path, environment: dict[str, str], kernels: Kernels) -> None:

@@ -142,6 +142,15 @@ def refuse_changed(jobs: Iterable[Job]) -> None:
             raise DemoError(f"{job.notebook} has changed since the batch began: undo that, or begin a new batch.")
 
 
+def make_folders(jobs: Iterable[Job]) -> None:
+    """Make the folders of the executed notebooks; one that can't be made is a DemoError."""
+    for folder in {job.output.parent for job in jobs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DemoError(f"the folder {folder} can't be made ({error.strerror}): choose another --output.") from None
+
+
 def digest(notebook: Path) -> str:
     """Return the SHA-256 of the notebook's file."""
     return hashlib.sha256(notebook.read_bytes()).hexdigest()

@@ -47,12 +47,15 @@ def await_end(parent: "Run", job: Job | None = None, seconds: float = 60) -> Non
     from demo_lib.store import kill_run
 
     chosen = "AND attributes.status = 'RUNNING'" + (f" AND tags.job = '{job.number}'" if job else "")
-    deadline = time.monotonic() + seconds
+    deadline, said = time.monotonic() + seconds, False
     while left := _children(parent, chosen):
         if time.monotonic() > deadline:
             for run in left:
                 kill_run(run.info.run_id)
             return
+        if not said:
+            print(f"waiting for the end of {len(left)} jobs on the cluster", flush=True)
+        said = True
         time.sleep(0.5)
 
 

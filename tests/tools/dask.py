@@ -5,7 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from demo_lib.config import ROOT
+
 from tests.tools.processes import normal_signals, wait_until
+
+
+def named(host: str, folder: Path) -> dict[str, str]:
+    """Return variables with which a process believes that its machine has this name; the folder is made for it."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import socket\nsocket.gethostname = lambda: {host!r}\n")
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
 class DaskCluster:
@@ -35,7 +44,8 @@ class DaskCluster:
     def _start(self, what: str, *arguments: str, name: str = "", **variables: str) -> subprocess.Popen:
         command = [sys.executable, "-m", f"distributed.cli.dask_{what}", *arguments]
         with (self.folder / (name or what)).open("w") as log:
-            options = {"cwd": self.folder, "env": os.environ | variables, "preexec_fn": normal_signals}
+            environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+            options = {"cwd": self.folder, "env": environment, "preexec_fn": normal_signals}
             self.began.append(subprocess.Popen(command, stdout=log, stderr=log, **options))
         return self.began[-1]
 

@@ -10,7 +10,7 @@ import sys
 from demo_lib.__main__ import _parser
 from demo_lib.config import ROOT, DemoError
 from demo_lib.ops import workers
-from demo_lib.ops.cluster import run_elsewhere
+from demo_lib.ops.cluster import run_elsewhere, submit
 from demo_lib.ops.processes import free_port
 from demo_lib.study import open_storage
 
@@ -18,7 +18,9 @@ import mlflow
 import optuna
 import pytest
 import yaml
+from pydantic import SecretStr
 
+from tests.tools.dask import DaskCluster, named
 from tests.tools.processes import PATIENCE
 from tests.unit.test_tuning import await_children, config, family, start
 
@@ -71,7 +73,7 @@ def test_the_lines_for_jobqueue_tell_a_command_that_is_understood():
 
 @pytest.mark.parametrize("storage", ["sqlite:////here/optuna.db", "postgresql://a:b@db/optuna"])
 def test_another_machine_does_not_open_files_of_this_one(storage):
-    environment = {"DEMO_STORAGE": storage, "MLFLOW_TRACKING_URI": "sqlite:////here/m.db"}
+    environment = {"DEMO_STORAGE": SecretStr(storage), "MLFLOW_TRACKING_URI": SecretStr("sqlite:////here/m.db")}
     said = f"{socket.gethostname()} can't open a file of other: give --storage a PostgreSQL"
     with pytest.raises(DemoError, match=said):
         run_elsewhere(["doctor"], environment, "other")
@@ -87,6 +89,20 @@ def test_a_cluster_that_can_not_be_is_one_sentence(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(DemoError, match="Dask is not installed"):
         workers.tune(config(), dask=address)
+
+
+def test_a_password_is_not_in_the_log_of_a_worker_that_fails(home, tmp_path, monkeypatch):
+    cluster = DaskCluster(tmp_path)
+    try:
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "p@ss word")
+        cluster.add_worker(**named("elsewhere", tmp_path / "names"))
+        with workers.cluster(cluster.address) as client:
+            task = submit(client, ["doctor"], {"DEMO_STORAGE": "postgresql://a:s3cret@db/o", "FILE": "sqlite:////m.db"})
+            assert "elsewhere can't open a file of" in str(task.exception(PATIENCE))
+        log = (tmp_path / "worker0").read_text()
+        assert "doctor" in log and "p@ss" not in log and "s3cret" not in log
+    finally:
+        cluster.close()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.tools.batches import batch_id, kernels_of, runs_of_batch
-from tests.tools.dask import DaskCluster
+from tests.tools.dask import DaskCluster, named
 from tests.tools.processes import PATIENCE, mlflow_server, wait_until
 
 KILL_WORKER = (
@@ -26,7 +26,6 @@ KILL_WORKER = (
 @pytest.fixture
 def dask(home, tmp_path, monkeypatch):
     """Start a scheduler that gives a task up when so many more of its workers have died; it has no workers yet."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made = []
 
     def call(failures=3):
@@ -49,13 +48,6 @@ def sets(tmp_path):
         return ["--sweep", tmp_path / "sets.yaml", "--output", tmp_path / "out"]
 
     return call
-
-
-def named(host, folder):
-    """Return variables with which a process believes that its machine has this name."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(f"import socket\nsocket.gethostname = lambda: {host!r}\n")
-    return {"PYTHONPATH": f"{folder}:{ROOT}"}
 
 
 def executed(tmp_path, name):
@@ -230,7 +222,7 @@ def test_a_lesson_runs_in_the_workers_checkout_which_must_have_the_same(start, d
     assert process.wait(PATIENCE) == 1
     said = (tmp_path / "said").read_text()
     assert re.search(
-        r"^00_start_here: \S+: error: the batch runs another 00_start_here.ipynb than .*: the checkouts differ,",
+        r"^00_start_here: \S+: the batch runs another 00_start_here.ipynb than .*: the checkouts differ,",
         said,
         re.M,
     )

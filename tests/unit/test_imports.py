@@ -34,7 +34,7 @@ SHARED = ["demo_lib.ops.guard", "demo_lib.ops.processes"]
 DEPLOY = [f"demo_lib.deploy.{name}" for name in ("packaging", "classifier", "registry", "serving")]
 EXERCISES = ["evidence", "judging", "words", "quiz", *(f"lesson_{number:02}" for number in (*range(9), 10))]
 EXERCISES = [f"demo_lib.exercises.{name}" for name in [*EXERCISES, "faults", "hunts", "capstone"]]
-OPS = "cluster workers kernel jobs execution records batch reproduce originals copying push doctor"
+OPS = "cluster workers kernel jobs execution records remote batch reproduce originals copying push doctor"
 OPS = [f"demo_lib.ops.{name}" for name in OPS.split()]
 SERVER = "settings studies database client process background readiness participants progress backup cleanup __main__"
 SERVER = [f"server.{name}" for name in SERVER.split()]
@@ -45,6 +45,7 @@ LATE = {
     "demo_lib.tracking",
     "demo_lib.ops.execution",
     "demo_lib.ops.records",
+    "demo_lib.ops.remote",
     "demo_lib.ops.batch",
     "demo_lib.ops.doctor",
     "demo_lib.__main__",
@@ -136,8 +137,9 @@ MAY_LOAD = {
     "ops.cluster": CONFIG | {"requests"},
     "ops.workers": TUNING,
     "ops.jobs": CONFIG | {"papermill"},
-    "ops.execution": CONFIG | {"papermill"},
-    "ops.records": CONFIG | {"papermill"},
+    "ops.execution": CONFIG | {"joblib", "papermill"},
+    "ops.records": CONFIG | {"joblib", "papermill"},
+    "ops.remote": CONFIG | {"joblib", "papermill", "requests"},
     "ops.batch": CONFIG | {"filelock", "joblib", "papermill", "psutil", "requests"},
     "ops.reproduce": NETWORK | TRACKING | TABLES | {"tqdm"},
     "ops.push": TABLES | {"yaml"},

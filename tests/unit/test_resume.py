@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from demo_lib.config import ROOT, tracking_uri
-from demo_lib.ops import batch
+from demo_lib.ops import batch, execution
 from demo_lib.ops.jobs import sweep
 from demo_lib.store import connect
 
@@ -181,7 +181,7 @@ def test_two_hundred_executions_leave_nothing_behind(home, notebook, tmp_path, m
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))  # of the kernels' connection files
-    this, measured, real = psutil.Process(), [], batch.run_job
+    this, measured, real = psutil.Process(), [], execution.run_job
     others = {*this.children(recursive=True)}  # servers of other tests
 
     def measure():
@@ -199,7 +199,7 @@ def test_two_hundred_executions_leave_nothing_behind(home, notebook, tmp_path, m
         measured.append(measure())
         return done
 
-    monkeypatch.setattr(batch, "run_job", run_job)
+    monkeypatch.setattr(execution, "run_job", run_job)
     path = notebook("small", "number: int = 1", "print(number)")
     jobs = sweep([path], [{"number": number} for number in range(200)], {}, tmp_path / "out")
     batch.run(jobs, workers=2)
