@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from demo_lib.config import DemoError, sqlite_file
 from demo_lib.ops.processes import OwnedProcess
 
-from pydantic import SecretStr
-
 if TYPE_CHECKING:
     from distributed import Client, Future
 
@@ -48,9 +46,7 @@ def cluster(address: str | None) -> Iterator["Client | None"]:
 def submit(client: "Client", arguments: Sequence[str], environment: Mapping[str, str]) -> "Future":
     """Hand a command to the cluster, which gets these variables and the login to the tracking server."""
     login = {name: os.environ[name] for name in LOGIN if name in os.environ}
-    # Dask writes the arguments of a task that fails into the worker's log.
-    secret = {name: SecretStr(value) for name, value in {**environment, **login}.items()}
-    return client.submit(run_elsewhere, [*arguments], secret, socket.gethostname(), pure=False)
+    return client.submit(run_elsewhere, [*arguments], {**environment, **login}, socket.gethostname(), pure=False)
 
 
 def answer(task: "Future") -> str:
@@ -61,12 +57,12 @@ def answer(task: "Future") -> str:
     return f"{error}" or type(error).__name__ if error else task.result()
 
 
-def run_elsewhere(arguments: list[str], secret: dict[str, SecretStr], host: str) -> str:
+def run_elsewhere(arguments: list[str], environment: dict[str, str], host: str) -> str:
     """Run a command of this project, on a cluster's machine, and return what it said last if it failed.
 
-    `secret` has its variables. The files that they name are on the machine `host`; on another one they are a DemoError.
+    The files that its variables name are on the machine `host`; on another one they are a DemoError.
     """
-    here, environment = socket.gethostname(), {name: value.get_secret_value() for name, value in secret.items()}
+    here = socket.gethostname()
     if here != host and any(sqlite_file(each) for each in environment.values()):
         todo = "give --storage a PostgreSQL, and MLFLOW_TRACKING_URI a server"
         raise DemoError(f"{here} can't open a file of {host}: {todo}.")

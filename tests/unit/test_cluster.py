@@ -18,7 +18,6 @@ import mlflow
 import optuna
 import pytest
 import yaml
-from pydantic import SecretStr
 
 from tests.tools.dask import DaskCluster, named
 from tests.tools.processes import PATIENCE
@@ -73,7 +72,7 @@ def test_the_lines_for_jobqueue_tell_a_command_that_is_understood():
 
 @pytest.mark.parametrize("storage", ["sqlite:////here/optuna.db", "postgresql://a:b@db/optuna"])
 def test_another_machine_does_not_open_files_of_this_one(storage):
-    environment = {"DEMO_STORAGE": SecretStr(storage), "MLFLOW_TRACKING_URI": SecretStr("sqlite:////here/m.db")}
+    environment = {"DEMO_STORAGE": storage, "MLFLOW_TRACKING_URI": "sqlite:////here/m.db"}
     said = f"{socket.gethostname()} can't open a file of other: give --storage a PostgreSQL"
     with pytest.raises(DemoError, match=said):
         run_elsewhere(["doctor"], environment, "other")
@@ -100,7 +99,7 @@ def test_a_password_is_not_in_the_log_of_a_worker_that_fails(home, tmp_path, mon
             task = submit(client, ["doctor"], {"DEMO_STORAGE": "postgresql://a:s3cret@db/o", "FILE": "sqlite:////m.db"})
             assert "elsewhere can't open a file of" in str(task.exception(PATIENCE))
         log = (tmp_path / "worker0").read_text()
-        assert "doctor" in log and "p@ss" not in log and "s3cret" not in log
+        assert "run_elsewhere" in log and "p@ss" not in log and "s3cret" not in log
     finally:
         cluster.close()
 
