@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from demo_lib.config import DemoError, sqlite_file
@@ -46,7 +47,11 @@ def cluster(address: str | None) -> Iterator["Client | None"]:
 def submit(client: "Client", arguments: Sequence[str], environment: Mapping[str, str]) -> "Future":
     """Hand a command to the cluster, which gets these variables and the login to the tracking server."""
     login = {name: os.environ[name] for name in LOGIN if name in os.environ}
-    return client.submit(run_elsewhere, [*arguments], {**environment, **login}, socket.gethostname(), pure=False)
+
+    def run(*given: object) -> str:  # sent as code: a worker that can't import what it is sent ends without a word
+        return import_module("demo_lib.ops.cluster").run_elsewhere(*given)
+
+    return client.submit(run, [*arguments], {**environment, **login}, socket.gethostname(), pure=False)
 
 
 def answer(task: "Future") -> str:
@@ -54,6 +59,8 @@ def answer(task: "Future") -> str:
     if task.cancelled():
         return LOST
     error = task.exception()
+    if isinstance(error, ModuleNotFoundError):
+        return f"a worker of the cluster lacks this project ({error}): install it there."
     return f"{error}" or type(error).__name__ if error else task.result()
 
 

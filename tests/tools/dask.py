@@ -20,9 +20,10 @@ def named(host: str, folder: Path) -> dict[str, str]:
 class DaskCluster:
     """A scheduler and workers, each with one thread, which tests may kill; their output is in files of the folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **variables: str) -> None:
         self.folder, self.workers, self.began = folder, [], []
-        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        ports = ["--port", "0", "--dashboard-address", "127.0.0.1:0"]
+        self.scheduler = self._start("scheduler", "--host", "127.0.0.1", *ports, **variables)
         wait_until(lambda: self._said("scheduler", "Scheduler at:"))
         line = self._said("scheduler", "Scheduler at:")
         self.address = line.rpartition(" ")[2]

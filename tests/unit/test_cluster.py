@@ -10,7 +10,7 @@ import sys
 from demo_lib.__main__ import _parser
 from demo_lib.config import ROOT, DemoError
 from demo_lib.ops import workers
-from demo_lib.ops.cluster import run_elsewhere, submit
+from demo_lib.ops.cluster import answer, run_elsewhere, submit
 from demo_lib.ops.processes import free_port
 from demo_lib.study import open_storage
 
@@ -99,7 +99,26 @@ def test_a_password_is_not_in_the_log_of_a_worker_that_fails(home, tmp_path, mon
             task = submit(client, ["doctor"], {"DEMO_STORAGE": "postgresql://a:s3cret@db/o", "FILE": "sqlite:////m.db"})
             assert "elsewhere can't open a file of" in str(task.exception(PATIENCE))
         log = (tmp_path / "worker0").read_text()
-        assert "run_elsewhere" in log and "p@ss" not in log and "s3cret" not in log
+        assert "Compute Failed" in log and "p@ss" not in log and "s3cret" not in log
+    finally:
+        cluster.close()
+
+
+def test_a_worker_without_this_project_is_named_and_the_scheduler_needs_none(tmp_path):
+    (tmp_path / "demo_lib").mkdir()
+    (tmp_path / "demo_lib" / "__init__.py").touch()  # before one that is installed
+    cluster = DaskCluster(tmp_path, PYTHONPATH=str(tmp_path))
+    try:
+        worker = cluster.add_worker(PYTHONPATH=str(tmp_path))
+        with workers.cluster(cluster.address) as client:
+            task = submit(client, ["--help"], {})
+            task.exception(PATIENCE)
+            assert answer(task) == (
+                "a worker of the cluster lacks this project (No module named 'demo_lib.ops'): install it there."
+            )
+            worker.kill()
+            cluster.add_worker()
+            assert submit(client, ["--help"], {}).result(PATIENCE) == ""
     finally:
         cluster.close()
 
