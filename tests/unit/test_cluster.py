@@ -105,11 +105,12 @@ def test_a_password_is_not_in_the_log_of_a_worker_that_fails(home, tmp_path, mon
 
 
 def test_a_worker_without_this_project_is_named_and_the_scheduler_needs_none(tmp_path):
-    (tmp_path / "demo_lib").mkdir()
-    (tmp_path / "demo_lib" / "__init__.py").touch()  # before one that is installed
-    cluster = DaskCluster(tmp_path, PYTHONPATH=str(tmp_path))
+    (tmp_path / "bare" / "demo_lib").mkdir(parents=True)
+    (tmp_path / "bare" / "demo_lib" / "__init__.py").touch()  # before one that is installed
+    bare = {"PYTHONPATH": str(tmp_path / "bare")}
+    cluster = DaskCluster(tmp_path, **bare)
     try:
-        worker = cluster.add_worker(PYTHONPATH=str(tmp_path))
+        worker = cluster.add_worker(**bare)
         with workers.cluster(cluster.address) as client:
             task = submit(client, ["--help"], {})
             task.exception(PATIENCE)
