@@ -21,6 +21,7 @@ from server.process import read_state, stop
 from server.settings import PREFIX, ServerSettings
 from server.studies import studies_address
 from tests.server.conftest import make_secrets
+from tests.tools.batches import batch_id, kernels_of, write_notebook
 from tests.tools.packages import find_program, missing
 from tests.tools.processes import PATIENCE, find_processes, normal_signals, wait_until
 
@@ -209,16 +210,46 @@ def test_workers_on_two_machines_finish_one_study_whatever_dies(network, site):
     check_study(settings, "far")
 
 
-def test_a_dask_cluster_on_two_machines_finishes_one_study_whatever_dies(network, site):
-    settings, login = site
+@pytest.fixture(scope="module")
+def dask(network):
+    """Return the address of a Dask scheduler with two workers on each machine."""
     address = f"tcp://{HUB}:8786"
     network.start(HUB, "distributed.cli.dask_scheduler", "--host", HUB, "--no-dashboard")
     for machine in MACHINES:
         options = ["--nworkers", "2", "--nthreads", "1", "--no-dashboard", "--host", machine]
         network.start(machine, "distributed.cli.dask_worker", address, *options)
-    study = ["--study", "dask", "--workers", "4", "--dask", address]
+    return address
+
+
+def test_a_dask_cluster_on_two_machines_finishes_one_study_whatever_dies(network, site, dask):
+    settings, login = site
+    study = ["--study", "dask", "--workers", "4", "--dask", dask]
     coordinator = network.start(HUB, "demo_lib", "tune", *study, *SMALL, **login)
     disturb(settings, "dask")
     assert coordinator.wait(2 * PATIENCE) == 0, coordinator.log.read_text()
     check_study(settings, "dask")
     assert not joins()
+
+
+def test_a_dask_cluster_on_two_machines_runs_a_sweep_whatever_dies(network, site, dask, tmp_path):
+    settings, login = site
+    wait = f"import pathlib, time\npathlib.Path({str(tmp_path)!r}, str(number)).touch()\ntime.sleep(3)"
+    path = write_notebook(tmp_path, "small", "number: int = 1", wait)
+    (tmp_path / "sets.yaml").write_text("number: [0, 1, 2, 3, 4, 5, 6, 7]")
+    options = ["--sweep", str(tmp_path / "sets.yaml"), "--output", str(tmp_path / "out"), "--dask", dask]
+    coordinator = network.start(HUB, "demo_lib", "run", path, *options, **login)
+    wait_until(lambda: coordinator.poll() is not None or [*tmp_path.glob("[0-7]")])
+    worker = psutil.Process(kernels_of(batch_id(coordinator.log.read_text()))[0])
+    while "--join" not in worker.cmdline() or "guard.py" not in " ".join(worker.cmdline()):
+        worker = worker.parent()
+    worker.parent().kill()
+    assert coordinator.wait(PATIENCE) == 0, coordinator.log.read_text()
+    client = MlflowClient(database_address(settings))
+    runs = client.search_runs([client.get_experiment_by_name("zoe/batch").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert sorted(run.data.params["number"] for run in children) == [*"01234567"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    made = {each.parent.name for each in (tmp_path / "out").glob("*/small.html")}
+    assert made == {f"small number={number}" for number in range(8)}
