@@ -54,7 +54,7 @@ def await_end(parent: "Run", job: Job | None = None, seconds: float = 60) -> Non
                 kill_run(run.info.run_id)
             return
         if not said:
-            print(f"waiting for the end of {len(left)} jobs on the cluster", flush=True)
+            print(f"waiting for jobs on the cluster to end: {len(left)}", flush=True)
         said = True
         time.sleep(0.5)
 

@@ -93,9 +93,9 @@ def _take(parent: "Run", job: Job, batch: Batch, task: "Future") -> None:
         raise error
     if problem := answer(task):
         await_end(parent, job, 20)  # it may be about to: what a killed worker has started ends after it
-        recall(parent, [job])
+    recall(parent, [job])
+    if problem and job.status != "FINISHED":
         note_failure(job, batch, problem)
     else:
-        recall(parent, [job])
         fetch(job)
     say(job)
