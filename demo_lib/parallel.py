@@ -25,7 +25,7 @@ def joined(device: torch.device, batch_size: int) -> Iterator[int]:
     """Join the processes that torchrun started, and give this one's rank, from 0; without torchrun, it is 0.
 
     They talk by nccl on cuda, where each takes a GPU of its own, and by gloo on cpu. Fewer images in a batch than
-    processes, too few GPUs, and another device are a DemoError.
+    processes, too few GPUs, a PyTorch without nccl, and another device are a DemoError.
     """
     count = torchrun_processes()
     if count == 1:
@@ -48,6 +48,8 @@ def joined(device: torch.device, batch_size: int) -> Iterator[int]:
 
 
 def _take_gpu() -> None:
+    if not dist.is_nccl_available():
+        raise DemoError("this PyTorch has no nccl, by which GPUs talk: add --device cpu.")
     wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if there < wanted:
         todo = f"give --nproc-per-node {there}, or --device cpu"
@@ -83,6 +85,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def _all_there() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         todo = f"see what it printed, and start again ({str(error).partition('. ')[0]})"
         raise DemoError(f"another process of this training is gone: {todo}.") from None
@@ -138,7 +142,9 @@ class _GlobalBatch(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Do as F.batch_norm in training, on values of shape (B, C, H, W); below float32, compute in float32."""
+        """Do as F.batch_norm, on values of shape (B, C, H, W); below float32, compute in float32."""
+        if not training:
+            return F.batch_norm(values, running_mean, running_var, weight, bias, False, momentum, eps)
         exact = values if values.dtype == torch.float64 else values.float()
         count, dims = self.size * values.shape[2] * values.shape[3], (0, 2, 3)
         mean = _Sum.apply(exact.sum(dims)) / count

@@ -1,5 +1,6 @@
 """Lesson 01 as one call."""
 
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -55,7 +56,9 @@ def train_together(config: TrainConfig) -> Run | None:
     with joined(pick_device(config), config.batch_size) as rank:
         if rank == 0:
             return train(config)
-        with signals({signal.SIGINT: signal.SIG_IGN}):  # the first process closes the run; without it, this one ends
+        # Beside the first process, which closes the run after Ctrl-C; without it, this one ends.
+        beside = os.environ["GROUP_RANK"] == "0"
+        with signals({signal.SIGINT: signal.SIG_IGN} if beside else {}):
             for _ in fit(build_model(config), load_data(config), config):
                 pass
     return None

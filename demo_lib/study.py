@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from demo_lib.config import DemoError, TuneConfig, settings, sqlite_file, sqlite_uri, tracking_uri, without_login
@@ -167,9 +167,11 @@ def give_up_dead(study: optuna.Study) -> None:
     """Give up the trials whose process died: here at once, elsewhere after `GRACE` seconds without a sign of life."""
     for trial in running(study):
         if lives(trial.user_attrs.get("process", "")) is False:
-            with suppress(ValueError, RuntimeError):  # another process was faster
+            try:
                 study.tell(trial.number, state=TrialState.FAIL)
-                _give_up(study, trial)
+            except (ValueError, RuntimeError):  # another process was faster
+                continue
+            _give_up(study, trial)
     optuna.storages.fail_stale_trials(study)
 
 

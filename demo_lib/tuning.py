@@ -17,8 +17,6 @@ from demo_lib.data import FashionData, batches, load_data
 from demo_lib.model import build_model
 from demo_lib.store import connect
 from demo_lib.study import (
-    GRACE,
-    HEARTBEAT,
     MEMORY,
     close_uncounted,
     done,
@@ -87,9 +85,9 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
 
 
 def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Generator[None]:
-    """Do trials until those done and running, here or elsewhere, are `config.trials`; yield now and then.
+    """Do trials until `config.trials` are done, here or elsewhere; yield now and then.
 
-    Before it ends it waits as long as the trial of a process that died elsewhere may look as if it ran.
+    It stays while others do the last ones: one of these may die, and its trial is to be tried again.
     """
 
     def objective(trial: optuna.Trial) -> float:
@@ -97,8 +95,7 @@ def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Gen
             raise _Surplus
         return run_trial(trial, config, data, study.user_attrs["parent_run_id"])
 
-    busy = time.monotonic()
-    while len(done(study)) < config.trials and time.monotonic() - busy < HEARTBEAT + GRACE:
+    while len(done(study)) < config.trials:
         if is_stopped(study):
             raise Stopped
         if len(done(study) + running(study)) < config.trials:
@@ -106,7 +103,6 @@ def do_trials(study: optuna.Study, config: TuneConfig, data: FashionData) -> Gen
                 study.optimize(objective, n_trials=1, catch=Exception)
             except UnboundLocalError as error:  # what Optuna makes of an interrupt while it records a trial
                 raise (error.__context__ or error) from None
-            busy = time.monotonic()
         else:
             time.sleep(0.3)
             give_up_dead(study)

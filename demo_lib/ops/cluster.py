@@ -16,7 +16,7 @@ from demo_lib.ops.processes import OwnedProcess
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+LOGIN = [f"MLFLOW_TRACKING_{each}" for each in ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS")]
 LOST = "the Dask scheduler has lost the tasks, or the connection to it is gone"
 
 
@@ -35,7 +35,7 @@ def cluster(address: str | None) -> Iterator["Client | None"]:
         raise DemoError("Dask is not installed: `pip install -e '.[dask]'` in this project's environment.") from None
     try:
         client = Client(address, timeout=10)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # the last two are of TLS
         reason = str(error).partition("\n")[0]
         raise DemoError(f"no Dask scheduler answers at {address} ({reason}): start it, or correct --dask.") from None
     with client:
@@ -45,7 +45,7 @@ def cluster(address: str | None) -> Iterator["Client | None"]:
 
 
 def submit(client: "Client", arguments: Sequence[str], environment: Mapping[str, str]) -> "Future":
-    """Hand a command to the cluster, which gets these variables and the login to the tracking server."""
+    """Hand a command to the cluster, which gets these variables and this environment's login to the server."""
     login = {name: os.environ[name] for name in LOGIN if name in os.environ}
 
     def run(*given: object) -> str:  # sent as code: a worker that can't import what it is sent ends without a word

@@ -35,10 +35,14 @@ def planned(parent: "Run") -> list[Job]:
 def recall(parent: "Run", jobs: Sequence[Job]) -> None:
     """Note in each job what came of it, as its child run has it."""
     known = {str(job.number): job for job in jobs}
-    for child in _children(parent, f"AND tags.job = '{jobs[0].number}'" if len(jobs) == 1 else ""):
+    found = _children(parent, f"AND tags.job = '{jobs[0].number}'" if len(jobs) == 1 else "")
+    # Of two children of one job, which is rare, the finished or the later one counts.
+    for child in sorted(found, key=lambda run: (run.info.status == "FINISHED", run.info.start_time)):
         if job := known.get(child.data.tags.get("job", "")):
-            job.run_id, job.error = child.info.run_id, child.data.tags.get("error", "")
             job.status = "KILLED" if child.info.status == "RUNNING" else child.info.status
+            job.run_id, job.error = child.info.run_id, child.data.tags.get("error", "")
+            if job.status == "FINISHED":  # the error is that of an earlier try
+                job.error = ""
             job.seconds, job.ended = child.data.metrics.get("seconds", 0.0), (child.info.end_time or 0) / 1000
 
 
@@ -54,7 +58,7 @@ def await_end(parent: "Run", job: Job | None = None, seconds: float = 60) -> Non
                 kill_run(run.info.run_id)
             return
         if not said:
-            print(f"waiting for jobs on the cluster to end: {len(left)}", flush=True)
+            print(f"waiting for jobs that may still run: {len(left)}", flush=True)
         said = True
         time.sleep(0.5)
 
@@ -99,8 +103,8 @@ def fetch(job: Job) -> None:
     """Bring the job's executed notebook and its page from its run to their place; that this can't be fails the job."""
     import mlflow
 
-    there = {each.path for each in mlflow.artifacts.list_artifacts(run_id=job.run_id)}
     try:
+        there = {each.path for each in mlflow.artifacts.list_artifacts(run_id=job.run_id)}
         with TemporaryDirectory() as folder:
             for path in {job.output.with_suffix(".html"), job.output}:
                 if path.name in there:
@@ -109,7 +113,7 @@ def fetch(job: Job) -> None:
                     )
                     with whole_file(path) as partial:
                         shutil.copyfile(brought, partial)
-    except OSError as error:
+    except Exception as error:  # of a disk, MLflow, or the library of a bucket; `resume` fetches again
         job.status, job.error = "FAILED", f"its executed notebook could not be kept: {error}"
 
 

@@ -35,10 +35,12 @@ def run_on_cluster(parent: "Run", jobs: Sequence[Job], client: "Client") -> None
     batch, variables = describe(parent, 1), {"MLFLOW_TRACKING_URI": tracking_uri()}
     if (storage := settings().storage) and not sqlite_file(storage):
         variables["DEMO_STORAGE"] = storage
-    send_notebooks(jobs)
-    joins = [["run", "--join", batch.run_id, str(job.number), batch.tags["process"]] for job in jobs]
-    tasks = {submit(client, words, variables): job for words, job in zip(joins, jobs, strict=True)}
+    tasks: dict[Future, Job] = {}
     try:
+        send_notebooks(jobs)
+        for job in jobs:
+            words = ["run", "--join", batch.run_id, str(job.number), batch.tags["process"]]
+            tasks[submit(client, words, variables)] = job
         while tasks:
             time.sleep(0.3)
             for task in [each for each in tasks if each.done()]:
@@ -75,6 +77,7 @@ def join(batch_id: str, number: str, process: str) -> None:
                 raise KeyboardInterrupt
 
     follow()
+    await_end(parent, job, 30)  # another worker, told to end, may be in it
     recall(parent, [job])
     if job.status == "FINISHED":  # by a worker that died before it could say so
         return

@@ -47,7 +47,7 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
     environment = {"MLFLOW_TRACKING_URI": tracking_uri(), "DEMO_STORAGE": storage_address(storage)}
 
     def work(study: optuna.Study, config: TuneConfig, data: object) -> Generator[None]:
-        count = min(config.workers, config.trials - len(done(study) + running(study)))
+        count = max(1, min(config.workers, config.trials - len(done(study) + running(study))))
         if not config.workers:
             yield from _wait_for_others(study, config)
         elif client:
@@ -62,7 +62,8 @@ def tune(config: TuneConfig, experiment: str = "tune", storage: str | None = Non
 def join(name: str, storage: str | None = None) -> None:
     """Do trials of a study that `tune` has begun, here or on another machine, until it has its number of them.
 
-    A study that nobody has begun or that was stopped, or whose parent run is gone, is a DemoError.
+    A study that nobody has begun or that was stopped, or whose parent run is gone, and other images than those of the
+    process that began it, are a DemoError.
     """
     open_store()
     try:
@@ -74,8 +75,11 @@ def join(name: str, storage: str | None = None) -> None:
         raise DemoError(f"study {name!r} was interrupted: `tune --study {name}` goes on with it, then join again.")
     equip(study, config, alone=False)
     return_to(parent_run_id)
+    data = load_data(config.train_config())
+    if mlflow.get_run(parent_run_id).data.tags.get("data_digest", data.digest) != data.digest:
+        raise DemoError(f"this machine has other images ({data.source}) than the study: set DEMO_DATA_DIR.")
     with terminable():
-        list(tuning.do_trials(study, config, load_data(config.train_config())))
+        list(tuning.do_trials(study, config, data))
 
 
 def _command(name: str) -> list[str]:
@@ -122,4 +126,4 @@ def _work_on_cluster(client: "Client", name: str, count: int, environment: dict[
         for problem in sorted({answer(task) for task in tasks} - {""}):
             tqdm.write(f"a worker failed: {problem}")  # above the bar
     finally:
-        client.cancel(tasks)  # only those that have not begun: `stop` of the study ends the others
+        client.cancel(tasks)  # only those that have not begun; an interrupt stops the study, which the others see

@@ -46,7 +46,7 @@ class Kind:
 IMAGES, QUERY, CHILDREN = "a pass over 60,000 images", "the best of 10,000 runs", "50 children among 10,000 runs"
 SQLITE, SERVER = "training tracked in SQLite", "training tracked in a server"
 TRIAL, BARE = "a trial as a nested run, nothing trained", "Optuna alone, in memory"
-TRIALS, ALONE = "8 trials", "one worker"
+TRIALS, ALONE = "8 trials", "one process"
 ROWS = {
     "imports": Kind("import of demo_lib", "with torchvision, scikit-learn, MLflow's SQL store", "faster", 1.2),
     "batches": Kind(IMAGES, "torchvision's dataset in a DataLoader", "faster", 100),

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ import optuna
 import papermill as pm
 import pytest
 from mlflow import MlflowClient
+from optuna.trial import TrialState
 from PIL import Image
 
 from tests.tools.pictures import is_whole
@@ -337,10 +339,9 @@ def begin(name):
     return study
 
 
-def test_a_worker_stays_as_long_as_one_that_died_elsewhere_may_look_alive(home, monkeypatch):
-    for module in (study_of_optuna, tuning):
-        monkeypatch.setattr(module, "HEARTBEAT", 1)
-        monkeypatch.setattr(module, "GRACE", 2)
+def test_a_worker_stays_and_tries_again_what_one_that_died_elsewhere_was_in(home, monkeypatch):
+    monkeypatch.setattr(study_of_optuna, "HEARTBEAT", 1)
+    monkeypatch.setattr(study_of_optuna, "GRACE", 2)
     begin("e")
     study = optuna.load_study(study_name="e", storage=open_storage())
     dead = study.ask()
@@ -352,6 +353,31 @@ def test_a_worker_stays_as_long_as_one_that_died_elsewhere_may_look_alive(home, 
     join("e")
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert [family()[1][number].info.status for number in range(3)] == ["KILLED", "FINISHED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_workers_that_come_when_another_does_the_last_trial_wait_for_it(home):
+    begin("last")
+    study = optuna.load_study(study_name="last", storage=open_storage())
+    trials = [study.ask() for _ in range(2)]
+
+    def fail(trial):
+        trial.set_user_attr("error", "an error of its own")
+        study.tell(trial, state=TrialState.FAIL)
+
+    fail(trials[0])
+    threading.Timer(15, fail, [trials[1]]).start()
+    with pytest.raises(DemoError, match="no trial was completed"):
+        tune_with_workers(config(study="last", trials=2, workers=2))
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "FAIL"]
+
+
+def test_workers_with_other_images_are_refused(home):
+    begin("images")
+    study = optuna.load_study(study_name="images", storage=open_storage())
+    MlflowClient().set_tag(study.user_attrs["parent_run_id"], "data_digest", "another")
+    with pytest.raises(DemoError, match="this machine has other images .* than the study: set DEMO_DATA_DIR"):
+        join("images")
 
 
 def test_a_worker_stopped_in_the_middle_of_a_query_ends_its_trial(home):
