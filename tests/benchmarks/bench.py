@@ -1,7 +1,7 @@
 """Measure what this project says about speed: `python -m tests.benchmarks.bench [--output FILE] [--only NAME ...]`.
 
 Each measure stands beside its baseline, taken in turns with it in the same run (A B A B A B); shown are the medians.
-Stores are temporary ones; only the data is this machine's. Leave the machine alone meanwhile: about 15 minutes.
+Stores are temporary ones; only the data is this machine's. Leave the machine alone meanwhile: about 17 minutes.
 `python -m tests.benchmarks.readme` then puts what was measured into the README.
 """
 

@@ -376,7 +376,7 @@ def test_workers_with_other_images_are_refused(home):
     begin("images")
     study = optuna.load_study(study_name="images", storage=open_storage())
     MlflowClient().set_tag(study.user_attrs["parent_run_id"], "data_digest", "another")
-    with pytest.raises(DemoError, match="this machine has other images .* than the study: set DEMO_DATA_DIR"):
+    with pytest.raises(DemoError, match=r"this machine has other images .* than the study: set DEMO_DATA_DIR"):
         join("images")
 
 
