@@ -88,10 +88,10 @@ def go_on_after_a_failure(run: Run, evidence: Evidence) -> Expectations:
         f"{named(run)} has {counted(len(jobs), 'job')}: one batch of all {JOBS} sets is asked for, which goes on.",
     )
     for job in jobs:
-        error = job.data.tags.get("error", "")[:200]
+        error = job.data.tags.get("error", "")[:200].rstrip(". ")
         yield (
             job.info.status == "FINISHED",
-            f"job {named(job)} is {job.info.status}: {error or 'no error is noted'} Remove the cause and resume batch "
+            f"job {named(job)} is {job.info.status}: {error or 'no error is noted'}. Remove the cause and resume batch "
             f"{run.info.run_id[:6]}.",
         )
     repeated = [job for job in jobs if len(evidence.history(job, "seconds")) > 1]

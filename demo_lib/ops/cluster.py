@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 LOGIN = [f"MLFLOW_TRACKING_{each}" for each in ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS")]
+CHOICES = [f"MLFLOW_{each}" for each in ("RUN_ID", "EXPERIMENT_ID", "EXPERIMENT_NAME")]  # of whoever started a worker
 LOST = "the Dask scheduler has lost the tasks, or the connection to it is gone"
 
 
@@ -73,8 +74,9 @@ def run_elsewhere(arguments: list[str], environment: dict[str, str], host: str) 
     if here != host and any(sqlite_file(each) for each in environment.values()):
         todo = "give --storage a PostgreSQL, and MLFLOW_TRACKING_URI a server"
         raise DemoError(f"{here} can't open a file of {host}: {todo}.")
+    given = {name: value for name, value in os.environ.items() if name not in CHOICES}
     # A task has one of its Dask worker's threads; with a nanny, Dask says so itself.
-    given = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1"} | environment
+    given |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or "1"} | environment
     with tempfile.TemporaryFile() as said:
         with OwnedProcess([sys.executable, "-m", "demo_lib", *arguments], said, given) as command:
             while command.exit_code is None:

@@ -41,7 +41,6 @@ SUBJECTS = (
     "pd.Series(tags",  # lesson 01: the tags of a run
     "best_logged.model_uri)\n",  # lesson 01: a model's address
     "live_output()",  # lesson 07: what a command prints, with the id that `reproduce` takes
-    "resume(batch_id",  # lesson 10: the id of the batch
     "again.yaml",  # lesson 03: every digit of a learning rate
 )
 DRAWS = re.compile(r"plt\.subplots|\.plot\.|Display\.from_|image_grid\(|loss_curve\(|plot_parallel_coordinate\(")

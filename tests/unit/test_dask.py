@@ -78,7 +78,8 @@ def test_another_machine_runs_a_sweep_of_a_notebook_that_only_this_one_has(start
         Path(path).unlink()  # as if it had never been on the workers' machine
         for number in range(2):
             host = named("elsewhere", tmp_path / f"names-{number}")
-            cluster.add_worker(DEMO_HOME=str(tmp_path / "far"), OMP_NUM_THREADS="", **host)
+            own = {"DEMO_HOME": str(tmp_path / "far"), "OMP_NUM_THREADS": "", "MLFLOW_EXPERIMENT_ID": "99"}
+            cluster.add_worker(**own, **host)
         assert process.wait(PATIENCE) == 1
         text = said.read_text()
         assert re.search(r"^number  status    seconds\n1 +FINISHED +\d+\.\d\n0 +FAILED +\d+\.\d$", text, re.M)

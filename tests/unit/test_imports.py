@@ -167,6 +167,7 @@ print(*{{name.partition(".")[0] for name in sys.modules}} - before)
 SPARED = {"matplotlib", "optuna", "papermill", "scipy.stats", "sklearn", "sqlalchemy", "torch._dynamo", "torchvision"}
 USED = {"demo_lib.plots": {"matplotlib"}, "demo_lib.tuning": {"optuna", "sqlalchemy"}, "sklearn": {"scipy.stats"}}
 USED["demo_lib.exercises"] = USED["server"] = {"sqlalchemy"}
+USED |= {"demo_lib.ops.batch": {"papermill"}, "demo_lib.ops.workers": USED["demo_lib.tuning"]}
 
 
 @pytest.mark.parametrize("lesson", lessons(), ids=lambda path: path.stem)
@@ -175,7 +176,7 @@ def test_a_lesson_loads_no_library_that_it_does_not_use(lesson):
     code = next(cell for cell in cells if "import demo_lib" in cell or "from demo_lib" in cell)
     code = "\n".join(line for line in code.splitlines() if not line.startswith("%"))
     names = re.findall(r"^(?:from|import) ([\w.]+)", code, re.M)
-    parts = {".".join(name.split(".")[:length]) for name in names for length in (1, 2)}
+    parts = {".".join(name.split(".")[:length]) for name in names for length in (1, 2, 3)}
     used = parts.union(*(USED.get(part, set()) for part in parts))
     code += f"\nimport sys; print(*{SPARED - used!r} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=lesson.parent)
