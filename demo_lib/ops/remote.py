@@ -3,7 +3,6 @@
 Dask can't stop a task that runs, so that the command looks whether its batch does.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -66,7 +65,6 @@ def join(batch_id: str, number: str, process: str) -> None:
     from mlflow import MlflowException
 
     open_store()
-    os.environ.pop("MLFLOW_RUN_ID", None)
     parent = mlflow.get_run(batch_id)
     job = planned(parent)[int(number)]
 

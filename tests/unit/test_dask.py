@@ -50,6 +50,21 @@ def sets(tmp_path):
     return call
 
 
+@pytest.fixture
+def two_of_three(start, dask, notebook, sets, waiting, tmp_path):
+    """Start a sweep of three jobs on a cluster of two workers, and return both when two of the jobs have begun."""
+
+    def call():
+        path, cluster = notebook("small", "number: int = 1", waiting, "print(number)"), dask()
+        for _ in range(2):
+            cluster.add_worker()
+        process = start(path, *sets(1, 2, 3), "--dask", cluster.address)
+        wait_until(lambda: len([*tmp_path.glob("began-*")]) == 2)
+        return cluster, process
+
+    return call
+
+
 def executed(tmp_path, name):
     """Return what the cells of an executed notebook have printed."""
     assert (tmp_path / "out" / name / "small.html").stat().st_size > 10_000
@@ -132,12 +147,8 @@ def indented(code):
     return "\n".join(f"    {line}" for line in code.splitlines())
 
 
-def test_ctrl_c_ends_the_jobs_on_the_cluster_and_the_batch_can_go_on(start, dask, notebook, sets, waiting, tmp_path):
-    path, cluster = notebook("small", "number: int = 1", waiting, "print(number)"), dask()
-    for _ in range(2):
-        cluster.add_worker()
-    process = start(path, *sets(1, 2, 3), "--dask", cluster.address)
-    wait_until(lambda: len([*tmp_path.glob("began-*")]) == 2)
+def test_ctrl_c_ends_the_jobs_on_the_cluster_and_the_batch_can_go_on(start, two_of_three, tmp_path):
+    cluster, process = two_of_three()
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == 130
     parent, children = statuses()
@@ -157,12 +168,8 @@ def test_ctrl_c_ends_the_jobs_on_the_cluster_and_the_batch_can_go_on(start, dask
 
 
 @pytest.mark.slow
-def test_a_killed_coordinator_costs_only_what_had_not_finished(start, dask, notebook, sets, waiting, tmp_path):
-    path, cluster = notebook("small", "number: int = 1", waiting, "print(number)"), dask()
-    for _ in range(2):
-        cluster.add_worker()
-    process = start(path, *sets(1, 2, 3), "--dask", cluster.address)
-    wait_until(lambda: len([*tmp_path.glob("began-*")]) == 2)
+def test_a_killed_coordinator_costs_only_what_had_not_finished(start, two_of_three, tmp_path):
+    _, process = two_of_three()
     found = batch_id((tmp_path / "said").read_text())
     process.kill()
     process.wait()
